@@ -1,0 +1,25 @@
+"""Diagnostics: what a posterior is worth, and its way into ArviZ. Lazy, so no torch is loaded here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "Khat": "guides.diagnostics.scores",
+    "LogWeights": "guides.diagnostics.scores",
+    "Score": "guides.diagnostics.scores",
+    "elbo": "guides.diagnostics.scores",
+    "log_evidence": "guides.diagnostics.scores",
+    "log_weights": "guides.diagnostics.scores",
+    "pareto_khat": "guides.diagnostics.scores",
+    "to_arviz": "guides.diagnostics.arviz_export",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'guides.diagnostics' has no attribute {name!r}")

@@ -1,0 +1,256 @@
+"""Run a program once a draw, and keep the value and log density of every site.
+
+    values[s], log_density[s] = program(call | given[s]),    s = 1..S
+
+Programs are vectorized over draws by ``torch.func.vmap`` where they allow it and looped
+otherwise: an extra left batch dimension would be faster, but is silently wrong for programs that
+index a latent by group (``theta[group]``). Given values are replayed; sites without one are drawn
+anew, observed ones too where asked (as ``poutine.uncondition``), which works on a program that is
+called with its data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from guides.diagnostics.axis_names import Axes, site_axes
+from guides.layout import Layout, Program, unwrap
+
+__all__ = ["Call", "Records", "resimulate"]
+
+_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a program, on all rows or on a minibatch of them.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        layout: The layout of the call.
+        rows: Positions ``(B,)`` of its rows among all rows.
+        keep: The part of its rows that no other call holds.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    layout: Layout
+    rows: Tensor
+    keep: slice = slice(None)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Sites of S runs, in program order.
+
+    Args:
+        values: ``{site: (S,) + batch shape + event shape}``.
+        log_density: ``{site: (S,) + batch shape}``, without the data plate's N/B; absent for
+            deterministic sites.
+        axes: ``{site: Axes}``.
+        fns: Distributions of the sites in one of the runs.
+        observed: Names of the sites that kept their data.
+    """
+
+    values: dict[str, Tensor]
+    log_density: dict[str, Tensor]
+    axes: dict[str, Axes]
+    fns: dict[str, Any]
+    observed: frozenset[str]
+
+
+def resimulate(
+    program: Program,
+    call: Call,
+    num_samples: int,
+    given: Mapping[str, Tensor],
+    *,
+    simulate: Collection[str] = (),
+    random: bool = True,
+) -> Records:
+    """Run a program S times without gradients.
+
+    Args:
+        program: A model, or a guide.
+        call: Its call.
+        num_samples: Number of runs S.
+        given: Values to replay, ``{site: (S,) + site shape}``.
+        simulate: Observed sites to draw instead of keeping their data.
+        random: Whether the runs draw anything; if not, one looped run must agree with the
+            vectorized ones.
+    """
+    first = _Recorder(call.layout, {k: v[0] for k, v in given.items()}, simulate)
+    with torch.no_grad():
+        # Outside vmap first: lazy parameters of guides must not be born as batched tensors.
+        first.run(program, call)
+        part = _over_draws(program, call, num_samples, given, simulate, random, first)
+    return Records(
+        values={name: part[f"value:{name}"] for name in first.values},
+        log_density={name: part[f"log:{name}"] for name in first.log_density},
+        axes=first.axes,
+        fns=first.fns,
+        observed=frozenset(first.observed),
+    )
+
+
+class _Recorder(Messenger):
+    """Replay given values and row numbers, and write every sample site down."""
+
+    def __init__(
+        self, layout: Layout, given: Mapping[str, Tensor], simulate: Collection[str]
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.indices = layout.indices
+        self.given = given
+        self.simulate = simulate
+        self.values: dict[str, Tensor] = {}
+        self.log_density: dict[str, Tensor] = {}
+        self.axes: dict[str, Axes] = {}
+        self.fns: dict[str, Any] = {}
+        self.observed: set[str] = set()
+
+    def run(self, program: Program, call: Call) -> dict[str, Tensor]:
+        # Validation reads tensor values, which vmap cannot do.
+        with pyro.validation_enabled(False), poutine.block(), self:
+            program(*call.args, **call.kwargs)
+        return {
+            **{f"value:{name}": value for name, value in self.values.items()},
+            **{f"log:{name}": value for name, value in self.log_density.items()},
+        }
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            # Autoguides draw row numbers of their own, even where the model was told its rows.
+            if name in self.indices:
+                msg["value"] = self.indices[name]
+        elif name in self.given:
+            msg["value"] = self.given[name]
+        elif name in self.simulate:
+            msg["is_observed"] = False
+            msg["value"] = None
+            msg["done"] = False
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg):
+            return
+        name, fn, value = msg["name"], msg["fn"], msg["value"]
+        plate = self.layout.data_plate
+        deterministic = msg["is_observed"] and type(unwrap(fn)).__name__ == "Delta"
+        self.fns[name] = fn
+        if msg["is_observed"]:
+            self.observed.add(name)
+        if not deterministic:
+            value = value.expand(fn.batch_shape + fn.event_shape)
+            scale = msg["scale"]
+            frames = [frame.name for frame in msg["cond_indep_stack"]]
+            if plate is not None and plate.name in frames and plate.size != plate.num_rows:
+                scale = scale / plate.scale
+            term = scale_and_mask(fn.log_prob(value), scale, msg["mask"])
+            self.log_density[name] = term.expand(fn.batch_shape)
+        self.values[name] = value
+        self.axes[name] = site_axes(
+            name,
+            value.shape,
+            fn.event_dim,
+            msg["cond_indep_stack"],
+            msg["infer"],
+            None if plate is None else plate.name,
+            deterministic=deterministic,
+        )
+
+
+def _over_draws(
+    program: Program,
+    call: Call,
+    num_samples: int,
+    given: Mapping[str, Tensor],
+    simulate: Collection[str],
+    random: bool,
+    first: _Recorder,
+) -> dict[str, Tensor]:
+    def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _Recorder(call.layout, values, simulate).run(program, call)
+
+    largest = max([value.numel() for value in first.values.values()], default=1)
+    chunk = max(1, min(num_samples, _CHUNK_ELEMENTS // max(largest, 1)))
+    # A messenger keeps its trace, in which tensors of vmap must not outlive it.
+    vectorized = num_samples > 1 and not isinstance(poutine.unwrap(program), GuideMessenger)
+    parts = []
+    for start in range(0, num_samples, chunk):
+        stop = min(start + chunk, num_samples)
+        values = {name: value[start:stop] for name, value in given.items()}
+        part = _vectorize(run, values, stop - start) if vectorized else None
+        if part is not None and (
+            _shares_draws(part, first, given) if random else _disagrees(part, first, start)
+        ):
+            part = None
+        if part is None:
+            vectorized = False
+            runs = [run({k: v[i] for k, v in values.items()}) for i in range(stop - start)]
+            part = {name: torch.stack([item[name] for item in runs]) for name in runs[0]}
+        parts.append(part)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _vectorize(
+    run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    values: Mapping[str, Tensor],
+    length: int,
+) -> dict[str, Tensor] | None:
+    """The runs at once, or None where the program does not allow it."""
+
+    def numbered(_: Tensor, one: dict[str, Tensor]) -> dict[str, Tensor]:
+        return run(one)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.func.vmap(numbered, randomness="different")(
+                torch.arange(length), dict(values)
+            )
+    except (RuntimeError, TypeError, ValueError):
+        # Control flow on values, or a sampler without a batching rule. The loop gives the same
+        # numbers, and raises by itself if it is the program that is at fault.
+        return None
+
+
+def _shares_draws(
+    part: Mapping[str, Tensor], first: _Recorder, given: Mapping[str, Tensor]
+) -> bool:
+    """Whether a drawn site came out the same in all runs, as from a generator vmap cannot see."""
+    for name in first.values:
+        value = part[f"value:{name}"]
+        drawn = name not in given and name not in first.observed
+        if drawn and type(unwrap(first.fns[name])).__name__ not in ("Delta", "Unit"):
+            if value.shape[0] > 1 and value.numel() and bool((value == value[:1]).all()):
+                return True
+    return False
+
+
+def _disagrees(part: Mapping[str, Tensor], first: _Recorder, start: int) -> bool:
+    """Whether the first of the vectorized runs differs from the same run by itself."""
+    if start > 0:
+        return False
+    alone = {
+        **{f"value:{name}": value for name, value in first.values.items()},
+        **{f"log:{name}": value for name, value in first.log_density.items()},
+    }
+    return not all(
+        torch.allclose(part[name][0].double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        for name, value in alone.items()
+    )

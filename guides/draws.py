@@ -1,0 +1,313 @@
+"""Draws from any guide with both log densities, the raw material of every score and export.
+
+    values ~ q(z | call)        log_q, log_p: one term a row where the guide allows it
+
+Our guides, Pyro's autoguides (messengers too), and guides written by hand come out in one form:
+values by site, and log densities split into rows of the data plate and the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer.autoguide.effect import GuideMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from guides.energy import LogJoint, SiteTerms
+from guides.guide import ProgramGuide
+from guides.layout import Layout, Program, layout, unwrap
+
+__all__ = ["Draws", "draw", "over_draws"]
+
+_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Draws:
+    """S draws from a guide.
+
+    Args:
+        values: Constrained values by site, ``(S,) + site shape``.
+        log_q_rows: Guide log density of the rows, ``(S, B)``.
+        log_q_global: Guide log density of everything else, ``(S,)``.
+        log_p_rows: Log joint of the rows, ``(S, B)``, without the data plate's N/B.
+        log_p_global: Log joint of everything else, ``(S,)``.
+        layout: Layout of the call.
+        joint: Whether weights are joint over rows: there are global latents, or the guide draws
+            local latents outside the data plate. Then single rows have no weights of their own.
+        rows_complete: Whether every local latent is drawn inside the data plate, so that
+            differences of row terms are per-datum ELBO terms.
+    """
+
+    values: dict[str, Tensor]
+    log_q_rows: Tensor
+    log_q_global: Tensor
+    log_p_rows: Tensor
+    log_p_global: Tensor
+    layout: Layout
+    joint: bool
+    rows_complete: bool
+
+    @property
+    def num_samples(self) -> int:
+        """Number of draws S."""
+        return self.log_q_global.shape[0]
+
+
+def draw(
+    model: Program,
+    guide: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_samples: int,
+    data_plate: str | None = "auto",
+) -> Draws:
+    """Draw from a guide, without gradients.
+
+    Args:
+        model: The program.
+        guide: Any guide for it: of this package, of Pyro, or written by hand.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        num_samples: Number of draws S.
+        data_plate: See :func:`guides.layout.layout`; a guide of this package brings its own.
+
+    Returns:
+        The draws with both log densities.
+
+    Raises:
+        ValueError: Where the guide leaves out a latent site, or has no density (a point mass).
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    kwargs = {} if kwargs is None else kwargs
+    with torch.no_grad():
+        if isinstance(guide, ProgramGuide):
+            values, log_q_rows, log_q_global, read = _draw_program_guide(
+                guide, args, kwargs, num_samples
+            )
+            outside = False
+            if guide.model is not model:
+                _check_same_program(guide, model, args, kwargs)
+        else:
+            read = layout(model, args, kwargs, data_plate=data_plate)
+            values, log_q_rows, log_q_global, outside = _draw_any_guide(
+                model, guide, args, kwargs, read, num_samples
+            )
+        log_joint = LogJoint(model, args, kwargs, layout=read)
+        log_p_rows, log_p_global = over_draws(log_joint.rows, values, read)
+    has_global = read.group("global") is not None
+    return Draws(
+        values=values,
+        log_q_rows=log_q_rows,
+        log_q_global=log_q_global,
+        log_p_rows=log_p_rows,
+        log_p_global=log_p_global,
+        layout=read,
+        joint=has_global or outside or read.data_plate is None,
+        rows_complete=not outside and read.data_plate is not None,
+    )
+
+
+def _draw_program_guide(
+    guide: ProgramGuide, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Layout]:
+    if not guide.has_density:
+        raise ValueError(
+            "A delta guide is a point mass: it has no density, so it has no ELBO, evidence or "
+            "importance weights. Score the Laplace posterior at its point: "
+            "guides.inference.laplace(model, guide.locations(...), args, kwargs)."
+        )
+    packed, log_q, read = guide.rsample_packed(num_samples, *args, **kwargs)
+    some = next(iter(packed.values()))
+    rows = some.new_zeros(num_samples, read.num_rows)
+    other = some.new_zeros(num_samples)
+    values: dict[str, Tensor] = {}
+    for group in read.groups:
+        if group.plate is None:
+            other = other + log_q[group.name]
+        else:
+            rows = rows + log_q[group.name]
+        for site, part in group.slices():
+            shape = (num_samples, *(() if site.row_dim is None else (read.num_rows,)))
+            slots = _spread(packed[group.name][..., part], site, read, num_samples)
+            value, log_det = site.constrain(slots)
+            values[site.name] = value.reshape(num_samples, *site.shape)
+            if log_det is None:
+                continue
+            log_det = log_det.reshape(num_samples, *site.batch_shape)
+            if site.row_dim is not None:
+                log_det = log_det.movedim(log_det.dim() + site.row_dim, 1)
+            reduced = log_det.reshape(*shape, -1).sum(-1)
+            if site.row_dim is None:
+                other = other - reduced
+            else:
+                rows = rows - reduced
+    return values, rows, other, read
+
+
+def _spread(packed: Tensor, site: Any, read: Layout, num_samples: int) -> Tensor:
+    """Draws ``(S, B, k)`` or ``(S, k)`` at the site's own batch dimensions, draws leftmost."""
+    ones = (1,) * read.depth
+    if site.row_dim is None:
+        return site.place(packed.reshape(num_samples, *ones, packed.shape[-1]))
+    left, right = ones[: read.depth + site.row_dim], ones[: -site.row_dim - 1]
+    return site.place(
+        packed.reshape(num_samples, *left, read.num_rows, *right, packed.shape[-1])
+    )
+
+
+def _draw_any_guide(
+    model: Program,
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    read: Layout,
+    num_samples: int,
+) -> tuple[dict[str, Tensor], Tensor, Tensor, bool]:
+    draws: dict[str, list[Tensor]] = {name: [] for name in read.sites}
+    rows, other = [], []
+    outside = False
+    for _ in range(num_samples):
+        terms = _guide_terms(guide, args, kwargs, read)
+        missing = [name for name in read.sites if name not in terms.values]
+        if missing:
+            raise ValueError(
+                f"Guide has no site {missing[0]!r}, which the model samples. Sites in the guide: "
+                f"{', '.join(terms.values) or 'none'}."
+            )
+        _check_density(terms, read)
+        for name in read.sites:
+            draws[name].append(terms.values[name].expand(read.sites[name].shape))
+        local, rest = terms.total()
+        rows.append(local)
+        other.append(rest)
+        outside = outside or _draws_rows_outside(terms, read)
+    return (
+        {name: torch.stack(values) for name, values in draws.items()},
+        torch.stack(rows),
+        torch.stack(other),
+        outside,
+    )
+
+
+def _guide_terms(
+    guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout
+) -> SiteTerms:
+    """Run a guide once and reduce the log densities of its sites."""
+    terms = SiteTerms(read, complete=False)
+    messenger = poutine.unwrap(guide)
+    if isinstance(messenger, GuideMessenger):
+        # A messenger runs model and guide interleaved; only its own trace is q.
+        with poutine.block():
+            guide(*args, **kwargs)
+        for name, site in messenger.get_traces()[1].nodes.items():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                terms.record({**site, "name": name})
+        return terms
+    with poutine.block(), terms:
+        guide(*args, **kwargs)
+    return terms
+
+
+def _check_density(terms: SiteTerms, read: Layout) -> None:
+    def point(name: str) -> bool:
+        fn = unwrap(terms.fns[name])
+        return type(fn).__name__ == "Delta" and not bool(torch.as_tensor(fn.log_density).any())
+
+    auxiliary = [name for name in terms.values if name not in read.sites]
+    if not auxiliary and read.sites and all(point(name) for name in read.sites):
+        raise ValueError(
+            "This guide is a point mass at every latent: it has no density, so it has no ELBO, "
+            "evidence or importance weights. Score the Laplace posterior at its point: "
+            "guides.inference.laplace(model, values, args, kwargs)."
+        )
+
+
+def _draws_rows_outside(terms: SiteTerms, read: Layout) -> bool:
+    """Whether the guide draws local latents by sites outside the data plate."""
+    if read.data_plate is None:
+        return False
+    outside = {name for name, term in terms.terms.items() if term.dim() == 0}
+    local = {name for name, site in read.sites.items() if site.row_dim is not None}
+    if local & outside:
+        return True
+    if not outside - set(read.sites):
+        return False
+    # Auxiliary sites outside the plate are harmless only as the draws of global latents: the
+    # local ones must then have their randomness inside the plate.
+    random = {name for name in set(terms.terms) - outside - set(read.sites)}
+    random |= {name for name in local if type(unwrap(terms.fns[name])).__name__ != "Delta"}
+    return read.group("global") is None or (bool(local) and not random)
+
+
+def over_draws(
+    function: Callable[[dict[str, Tensor]], Any], values: Mapping[str, Tensor], read: Layout
+) -> Any:
+    """Apply a function of single draws to all draws: vmap in chunks, a loop where vmap fails.
+
+    Indexing a vector by group (``theta[group]``) is right under vmap and silently wrong under an
+    extra left batch dimension, so programs are vectorized this way only.
+
+    Args:
+        function: Maps constrained values of one draw to tensors.
+        values: Values by site, ``(S,) + site shape``.
+        read: Layout of the call; sets how many draws fit into a chunk.
+
+    Returns:
+        The function's tensors with a leading dimension S.
+    """
+    num_samples = next(iter(values.values())).shape[0]
+    sizes = [math.prod(site.shape) for site in read.sites.values()]
+    sizes += [site.value.numel() for site in read.observed.values()]
+    chunk = max(1, min(num_samples, _CHUNK_ELEMENTS // max(1, *sizes, 1)))
+    results = []
+    vectorized = num_samples > 1
+    for start in range(0, num_samples, chunk):
+        part = {name: value[start : start + chunk] for name, value in values.items()}
+        if vectorized:
+            try:
+                results.append(torch.func.vmap(function)(part))
+                continue
+            except RuntimeError:
+                # Control flow on values cannot be vectorized; a loop gives the same numbers.
+                vectorized = False
+        length = min(chunk, num_samples - start)
+        single = [function({k: v[i] for k, v in part.items()}) for i in range(length)]
+        results.append(_stack(single))
+    return _concatenate(results)
+
+
+def _stack(items: list[Any]) -> Any:
+    if isinstance(items[0], Tensor):
+        return torch.stack(items)
+    if isinstance(items[0], dict):
+        return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    return tuple(torch.stack([item[i] for item in items]) for i in range(len(items[0])))
+
+
+def _concatenate(items: list[Any]) -> Any:
+    if isinstance(items[0], Tensor):
+        return torch.cat(items)
+    if isinstance(items[0], dict):
+        return {key: torch.cat([item[key] for item in items]) for key in items[0]}
+    return tuple(torch.cat([item[i] for item in items]) for i in range(len(items[0])))
+
+
+def _check_same_program(
+    guide: ProgramGuide, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """A guide may serve another program only where the latents are the same."""
+    other = layout(model, args, kwargs, data_plate=guide.data_plate)
+    if set(other.sites) != set(guide.latents):
+        raise ValueError(
+            f"This guide covers {', '.join(guide.latents)}, but the model samples "
+            f"{', '.join(other.sites) or 'nothing'}. Build a guide for this program."
+        )

@@ -1,0 +1,47 @@
+"""Delta: a point mass, for MAP estimates and as the belief of predictive coding."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+from torch import Tensor
+
+from guides.families.family import Family
+
+__all__ = ["Delta"]
+
+
+class Delta(Family):
+    """A point of unconstrained space.
+
+        q(u) = delta(u - lam)
+
+    It has no density: its "ELBO" is the log joint, an energy and no bound. For an evidence, take
+    the Laplace posterior at its point (:func:`guides.inference.laplace`).
+
+    Args:
+        size: Length K of the packed latents.
+
+    Example:
+        >>> import torch
+        >>> Delta(3).distribution(torch.zeros(5, 3)).rsample().shape
+        torch.Size([5, 3])
+    """
+
+    has_density = False
+
+    @property
+    def num_params(self) -> int:
+        """K."""
+        return self.size
+
+    def init(self, loc: Tensor) -> Tensor:
+        """The point itself."""
+        return loc.clone()
+
+    def distribution(self, lam: Tensor) -> dist.TorchDistribution:
+        """A point mass at ``lam``."""
+        return dist.Delta(lam, event_dim=1)
+
+    def location(self, lam: Tensor) -> Tensor:
+        """The point."""
+        return lam

@@ -1,0 +1,76 @@
+"""MultivariateNormal: the Gaussian with full covariance."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from guides.families.family import Family, inverse_softplus, positive
+
+__all__ = ["MultivariateNormal"]
+
+
+class MultivariateNormal(Family):
+    """A Gaussian with full covariance in unconstrained space.
+
+        loc, raw, lower = split(lam)
+        L = diag(softplus(raw)) (I + strictly_lower(lower))
+        q(u) = Normal(u; loc, L L^T)
+
+    Rows of L scale together with their diagonal, which keeps the problem well conditioned when
+    posterior scales differ. P = K (K + 3) / 2 grows fast; the whole covariance of many latents
+    is better served by a low-rank family.
+
+    Args:
+        size: Length K of the packed latents.
+        init_scale: Standard deviation at the start.
+
+    Example:
+        >>> family = MultivariateNormal(3)
+        >>> family.num_params
+        9
+    """
+
+    def __init__(self, size: int, *, init_scale: float = 0.1) -> None:
+        super().__init__(size)
+        self.raw_scale = inverse_softplus(init_scale)
+        self.register_buffer("lower", torch.tril_indices(size, size, -1), persistent=False)
+
+    @property
+    def num_params(self) -> int:
+        """K (K + 3) / 2."""
+        return self.size * (self.size + 3) // 2
+
+    def init(self, loc: Tensor) -> Tensor:
+        """Around ``loc`` with independent coordinates of standard deviation ``init_scale``."""
+        zeros = loc.new_zeros(*loc.shape[:-1], self.num_params - 2 * self.size)
+        return torch.cat([loc, torch.full_like(loc, self.raw_scale), zeros], -1)
+
+    def scale_tril(self, lam: Tensor) -> Tensor:
+        """The Cholesky factor ``(..., K, K)`` of the covariance."""
+        size = self.size
+        _, raw, lower = lam.split([size, size, self.num_params - 2 * size], -1)
+        unit = torch.eye(size, dtype=lam.dtype, device=lam.device)
+        unit = unit.expand(*lam.shape[:-1], size, size)
+        rows, columns = self.lower
+        # Out of place, so that torch.func transforms can trace it.
+        position = (rows * size + columns).expand(lower.shape)
+        unit = unit.flatten(-2).scatter(-1, position, lower).unflatten(-1, (size, size))
+        return positive(raw).unsqueeze(-1) * unit
+
+    def parameters_of(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """The parameters ``(..., P)`` of a given mean and Cholesky factor."""
+        scale = scale_tril.diagonal(dim1=-2, dim2=-1)
+        unit = scale_tril / scale.unsqueeze(-1)
+        rows, columns = self.lower
+        raw = scale + torch.log(-torch.expm1(-scale))
+        return torch.cat([loc, raw, unit[..., rows, columns]], -1)
+
+    def distribution(self, lam: Tensor) -> dist.TorchDistribution:
+        """A Gaussian with full covariance."""
+        return dist.MultivariateNormal(lam[..., : self.size], scale_tril=self.scale_tril(lam))
+
+    def location(self, lam: Tensor) -> Tensor:
+        """The mean."""
+        return lam[..., : self.size]

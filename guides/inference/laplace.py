@@ -1,0 +1,271 @@
+"""Laplace posteriors: a Gaussian at given latents with the exact Hessian of the energy.
+
+Without global latents every row has its own Gaussian,
+
+    q(u_n) = Normal(u_n*, H_ll,n^-1)                H: Hessian of -log p(x, z(u)) |dz/du|
+
+With global latents the precision has arrow form and the posterior is ancestral,
+
+    q(u_g)       = Normal(u_g*, S^-1)               S = H_gg - N/B sum_n H_gl,n H_ll,n^-1 H_lg,n
+    q(u_n | u_g) = Normal(u_n* - H_ll,n^-1 H_lg,n (u_g - u_g*), H_ll,n^-1)
+
+so that the covariance between global and local latents is represented exactly. For a linear
+Gaussian model at its mode this is the posterior, and its evidence is log p(x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from guides.energy import LogJoint
+from guides.guide import ProgramGuide
+from guides.inference.relaxation import energy_function
+from guides.layout import Group, Plate, Program
+from guides.schemes.scheme import Call
+
+__all__ = ["IndefiniteHessianError", "Laplace", "hessian", "laplace"]
+
+
+class IndefiniteHessianError(ValueError):
+    """The energy is not convex at the latents, so no Gaussian has its Hessian as precision."""
+
+
+def hessian(
+    log_joint: LogJoint, packed: Mapping[str, Tensor], *, jacobian: bool = True
+) -> dict[str, Tensor]:
+    """Exact Hessian blocks of the energy, one Hessian product per coordinate of a row.
+
+    Args:
+        log_joint: The log joint of the call.
+        packed: Where to take it, ``{group: (B, K) or (K,)}``.
+        jacobian: Whether the energy is that of unconstrained space.
+
+    Returns:
+        ``"local"`` (B, K, K) and ``"cross"`` (B, K, G), both without N/B, and ``"global"``
+        (G, G) with it; keys only for the groups that exist.
+    """
+    energy = energy_function(log_joint, jacobian=jacobian)
+    scale = log_joint.layout.scale
+    packed = {name: value.detach() for name, value in packed.items()}
+
+    def gradient(point: dict[str, Tensor]) -> dict[str, Tensor]:
+        return torch.func.grad(lambda p: energy(p)[0])(point)
+
+    blocks: dict[str, Tensor] = {}
+    with torch.no_grad():
+        _, product = torch.func.vjp(gradient, packed)
+        for name, value in packed.items():
+            size = value.shape[-1]
+            basis = torch.eye(size, dtype=value.dtype, device=value.device)
+            if value.dim() == 2:
+                # The energy of a row knows no other row, so one vector probes all rows at once.
+                basis = basis.unsqueeze(1).expand(size, *value.shape)
+            directions = {
+                k: basis if k == name else v.expand(size, *v.shape) * 0 for k, v in packed.items()
+            }
+            columns = _columns(product, directions, size)
+            if value.dim() == 2:
+                blocks["local"] = columns[name].movedim(0, -1) / scale  # (B, K, K)
+            else:
+                blocks["global"] = columns[name].movedim(0, -1)  # (G, G)
+                if "data" in packed:
+                    blocks["cross"] = columns["data"].movedim(0, -1) / scale  # (B, K, G)
+    return blocks
+
+
+def _columns(
+    product: Callable[..., Any], directions: dict[str, Tensor], size: int
+) -> dict[str, Tensor]:
+    try:
+        return torch.func.vmap(lambda v: product(v)[0])(directions)
+    except RuntimeError:
+        # Operations without a batching rule still have single products.
+        rows = [product({k: v[i] for k, v in directions.items()})[0] for i in range(size)]
+        return {k: torch.stack([row[k] for row in rows]) for k in directions}
+
+
+def laplace(
+    model: Program,
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    data_plate: str | None = "auto",
+    jacobian: bool = True,
+    name: str | None = None,
+) -> Laplace:
+    """The Laplace posterior at given latents.
+
+    Args:
+        model: The program.
+        values: Constrained values of all latents by site, at or near the mode.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        data_plate: See :func:`guides.layout.layout`.
+        jacobian: Take the Hessian of the log density in unconstrained space, which is what a
+            Gaussian in that space approximates.
+        name: Prefix of the guide in Pyro's store.
+
+    Returns:
+        A guide for the rows of this call.
+
+    Raises:
+        IndefiniteHessianError: Where the Hessian is not positive definite.
+
+    Example:
+        >>> import pyro
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.tensor([0.0, 2.0])
+        >>> guide = laplace(model, {"z": x / 2}, (x,))
+        >>> guide.covariance("data").flatten()
+        tensor([0.5000, 0.5000])
+    """
+    kwargs = {} if kwargs is None else kwargs
+    guide = Laplace(model, args, kwargs, data_plate=data_plate, name=name)
+    guide.set(values, args, kwargs, jacobian=jacobian)
+    return guide
+
+
+class Laplace(ProgramGuide):
+    """The Gaussian guide of :func:`laplace`; fixed numbers, no parameters.
+
+    Args:
+        model: The program.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        data_plate: See :func:`guides.layout.layout`.
+        name: Prefix of the guide in Pyro's store.
+    """
+
+    minibatch_estimate: bool = False
+    """Whether the covariance of global latents was estimated from a subsample of the rows."""
+
+    def set(
+        self,
+        values: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        jacobian: bool = True,
+    ) -> None:
+        """Center the guide at ``values`` and take the Hessian there."""
+        read = self._layout(args, kwargs, None)
+        packed = read.pack({name: value.detach() for name, value in values.items()})
+        log_joint = LogJoint(self.model, args, kwargs, layout=read)
+        blocks = hessian(log_joint, packed, jacobian=jacobian)
+        self.plate = read.data_plate
+        tril: dict[str, Tensor] = {}
+        if "local" in blocks:
+            local = _symmetric(blocks["local"])
+            _check_definite(local, read.group("data"))
+            tril["data"] = _scale_tril(local)
+            if "cross" in blocks:
+                gain = torch.linalg.solve(local, blocks["cross"])  # (B, K, G)
+                self.register_buffer("gain", gain)
+                explained = torch.einsum("bkg,bkh->gh", blocks["cross"], gain)
+                blocks["global"] = blocks["global"] - read.scale * explained
+                self.minibatch_estimate = read.scale != 1.0
+        if "global" in blocks:
+            schur = _symmetric(blocks["global"])
+            _check_definite(schur.unsqueeze(0), read.group("global"))
+            tril["global"] = _scale_tril(schur)
+        for group in read.groups:
+            self.register_buffer(f"loc_{group.name}", packed[group.name])
+            self.register_buffer(f"tril_{group.name}", tril[group.name])
+
+    def covariance(self, group: str) -> Tensor:
+        """Covariance of a group: ``(G, G)``, or ``(B, K, K)`` of the rows given the globals."""
+        tril = getattr(self, f"tril_{group}")
+        return tril @ tril.mT
+
+    def group_distribution(
+        self, group: Group, call: Call, upstream: Mapping[str, Tensor]
+    ) -> dist.TorchDistribution:
+        """The Gaussian of a group, given the global draws before it."""
+        loc, tril = getattr(self, f"loc_{group.name}"), getattr(self, f"tril_{group.name}")
+        if group.plate is None:
+            return dist.MultivariateNormal(loc, scale_tril=tril)
+        rows = self._rows(group.plate)
+        ones = (1,) * (-group.plate.dim - 1)
+        loc, tril = loc[rows], tril[rows]
+        num_rows, size = loc.shape
+        tril = tril.reshape(num_rows, *ones, size, size)
+        loc = loc.reshape(num_rows, *ones, size)
+        if "global" in upstream:
+            gain = self.gain[rows].reshape(num_rows, *ones, size, -1)
+            moved = upstream["global"] - self.loc_global
+            loc = loc - (gain @ moved.unsqueeze(-1)).squeeze(-1)
+        return dist.MultivariateNormal(loc, scale_tril=tril)
+
+    def group_location(self, group: Group, call: Call) -> Tensor:
+        """The mode."""
+        loc = getattr(self, f"loc_{group.name}")
+        return loc if group.plate is None else loc[self._rows(group.plate)]
+
+    def _rows(self, plate: Plate) -> Tensor | slice:
+        """Positions of the call's rows among the rows of the guide."""
+        own = self.plate
+        fix = "Build a posterior for these rows."
+        if plate.size != own.size:
+            raise ValueError(
+                f"This Laplace posterior is for {own.num_rows} of {own.size} rows, but plate "
+                f"{plate.name!r} has size {plate.size}. {fix}"
+            )
+        if plate.index is None and own.index is None:
+            return slice(None)
+        built = torch.arange(own.size) if own.index is None else own.index.cpu()
+        asked = torch.arange(plate.size) if plate.index is None else plate.index.cpu()
+        position = torch.full((own.size,), -1)
+        position[built] = torch.arange(len(built))
+        rows = position[asked]
+        if (rows < 0).any():
+            absent = asked[rows < 0][:5].tolist()
+            raise ValueError(f"This Laplace posterior does not cover rows {absent}. {fix}")
+        return rows
+
+    def __repr__(self) -> str:
+        """What the guide covers."""
+        parts = ", ".join(f"{group.name}: {group.size}" for group in self._example.groups)
+        note = "; global covariance is a minibatch estimate" if self.minibatch_estimate else ""
+        return f"Laplace({parts}; exact Hessian{note})"
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return 0.5 * (matrix + matrix.mT)
+
+
+def _scale_tril(precision: Tensor) -> Tensor:
+    """Cholesky factor of the inverse, without forming the inverse."""
+    flipped = torch.linalg.cholesky(precision.flip(-2, -1))
+    upper = flipped.flip(-2, -1).mT  # precision = upper^T upper with upper lower-triangular
+    identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=False)
+
+
+def _check_definite(matrices: Tensor, group: Group) -> None:
+    values, vectors = torch.linalg.eigh(matrices)
+    smallest = values[:, 0]
+    # At the level of rounding a direction has no curvature, and its variance means nothing.
+    floor = 10 * torch.finfo(values.dtype).eps * values[:, -1].abs()
+    bad = ~(smallest > floor)
+    if not bool(bad.any()):
+        return
+    row = int(torch.where(bad, smallest, torch.inf).argmin())
+    weight = vectors[row, :, 0].square()
+    name = max(group.slices(), key=lambda item: float(weight[item[1]].sum()))[0].name
+    where = "" if group.plate is None else f" in {int(bad.sum())} of {len(bad)} rows"
+    raise IndefiniteHessianError(
+        f"The Hessian of the energy is not positive definite at site {name!r}{where} (smallest "
+        f"eigenvalue {float(smallest[row]):.3g}): these latents are not at a mode with curvature, "
+        "so there is no Laplace posterior. Relax longer (num_steps), relax with "
+        'parameterization="noncentered", start from a guide, or fit a family with a density '
+        "(normal, multivariate_normal)."
+    )

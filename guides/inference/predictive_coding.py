@@ -1,0 +1,412 @@
+"""Predictive coding on any Pyro program: relax the latents, then learn at the relaxed state.
+
+    E(z) = -log p(x, z)                              the energy: no bound, no ELBO
+    infer:  z <- argmin_z E by local gradient steps  (guides.inference.relaxation)
+    learn:  theta <- theta - optim(dE/dtheta at the final z)
+
+On a Gaussian chain the gradient is the textbook message passing of predictive coding: with
+errors e = (z - loc) / scale**2, a latent moves by minus its own error plus the errors below it
+pulled back through the prediction. Pyro's trace supplies the energy of everything else.
+
+References:
+    | Predictive coding in the visual cortex (Rao & Ballard, 1999)
+    | https://doi.org/10.1038/4580
+
+    | Predictive Coding, Variational Autoencoders, and Biological Connections (Marino, 2022)
+    | https://arxiv.org/abs/2011.07464
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.optim
+import pyro.poutine as poutine
+import torch
+from pyro.infer.util import zero_grads
+from torch import Tensor
+
+from guides import location_scale
+from guides.energy import LogJoint, SiteTerms
+from guides.guide import ProgramGuide
+from guides.inference.checks import capture, check_ownership, warn_frozen
+from guides.inference.laplace import Laplace, laplace
+from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
+from guides.inference.run import Run, Stop, run
+from guides.layout import Layout, Program, layout
+
+__all__ = ["PredictiveCoding", "SiteState"]
+
+_REFRESH = 50
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """A site at the end of a relaxation.
+
+    Args:
+        value: Its constrained value.
+        prediction: The mean its parents predict, None where its family has none.
+        error: Its prediction error, shaped as the value; None where the family has neither
+            location nor mean and variance.
+        formula: What the error is: ``"d log p / d loc"`` or ``"(value - mean) / variance"``.
+        energy: Minus its log density, ``(B,)`` in the data plate, else a scalar.
+    """
+
+    value: Tensor
+    prediction: Tensor | None
+    error: Tensor | None
+    formula: str | None
+    energy: Tensor
+
+
+class PredictiveCoding:
+    """Predictive coding as a loop with SVI's interface.
+
+    Args:
+        model: Any Pyro program with continuous latents.
+        optim: A ``PyroOptim`` for the model's parameters.
+        guide: Any guide for the model; its center starts the relaxation (a guide that is not of
+            this package starts it from one draw). By default latents start at what their
+            parents predict.
+        num_steps: Updates of the latents in a relaxation.
+        step_size: Step of the latents; ``"auto"`` takes it from the curvature of each row, with
+            backtracking; a number is plain gradient descent and must be below 2 / lambda_max.
+        parameterization: ``"centered"`` moves the latents; ``"noncentered"`` moves standardized
+            errors of location-scale sites (``z = loc + scale * e``), which carries a change down
+            the hierarchy in one step. Only the path differs, the fixed point is the same.
+        solver: ``"gradient"``.
+        jacobian: Relax in unconstrained space with the log-determinants of the maps to the
+            supports. Without, the energy of constrained sites is that of AutoDelta.
+        data_plate: See :func:`guides.layout.layout`.
+        tolerance: Stop a relaxation when every gradient is below it.
+        global_rate: How far persistent global latents move to their relaxed values in a step; by
+            default all the way with the full data and B/N of it with a minibatch, which averages
+            over an epoch instead of chasing the last batch.
+
+    Attributes:
+        gradient_evaluations: Gradients of one row's log joint so far, Hessian products counted
+            twice.
+        frozen: Trainable parameters of the model that got no gradient at the first step.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> pc = PredictiveCoding(model, pyro.optim.Adam({"lr": 0.01}), num_steps=50)
+        >>> pc.infer(torch.tensor([0.0, 2.0]))["z"]
+        tensor([0., 1.])
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        optim: pyro.optim.PyroOptim,
+        guide: Callable[..., Any] | None = None,
+        num_steps: int = 20,
+        step_size: float | str = "auto",
+        parameterization: str = "centered",
+        solver: str = "gradient",
+        jacobian: bool = True,
+        *,
+        data_plate: str | None = "auto",
+        tolerance: float = 0.0,
+        global_rate: float | None = None,
+    ) -> None:
+        if not isinstance(optim, pyro.optim.PyroOptim):
+            raise TypeError(
+                f"optim must be a PyroOptim, got {type(optim).__name__}. Use for example "
+                'pyro.optim.Adam({"lr": 1e-3}).'
+            )
+        if num_steps < 0:
+            raise ValueError(f"num_steps must not be negative, got {num_steps}.")
+        if step_size != "auto" and not (isinstance(step_size, (int, float)) and step_size > 0):
+            raise ValueError(f'step_size must be "auto" or a positive number, got {step_size!r}.')
+        if parameterization not in ("centered", "noncentered"):
+            raise ValueError(
+                f'parameterization must be "centered" or "noncentered", got {parameterization!r}.'
+            )
+        if solver != "gradient":
+            raise ValueError(f'solver must be "gradient", got {solver!r}.')
+        if global_rate is not None and not 0 < global_rate <= 1:
+            raise ValueError(f"global_rate must be in (0, 1], got {global_rate}.")
+        self.model = model
+        self.optim = optim
+        self.guide = guide
+        self.num_steps = num_steps
+        self.step_size = step_size
+        self.parameterization = parameterization
+        self.jacobian = jacobian
+        self.data_plate = data_plate
+        self.tolerance = tolerance
+        self.global_rate = global_rate
+        self.gradient_evaluations = 0
+        self.frozen: list[str] = []
+        self._globals: dict[str, Tensor] | None = None
+        self._curvature: dict[str, Tensor] | None = None
+        self._steps = 0
+        self._checked: set[tuple[str, ...]] = set()
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Relax, then update the model's parameters at the relaxed state.
+
+        Global latents keep their relaxed values for the next step.
+
+        Returns:
+            The energy -log p(x, z) at the relaxed state before the update, of all N rows, in
+            nats; lower is better. It is no bound on -log p(x) and cannot be compared with an ELBO.
+        """
+        log_joint = self._log_joint(args, kwargs)
+        values, relaxed = self._relax(log_joint, learning=True)
+        with poutine.trace(param_only=True) as trace, torch.enable_grad():
+            rows, other = log_joint.run(values, expose_params=True).total()
+            loss = -log_joint.total(rows, other)
+        params = {site["value"].unconstrained() for site in trace.trace.nodes.values()}
+        params = {parameter for parameter in params if parameter.requires_grad}
+        if params and loss.requires_grad:
+            loss.backward()
+            self.gradient_evaluations += max(1, log_joint.layout.num_rows)
+            learning = {parameter for parameter in params if parameter.grad is not None}
+            if self._steps == 0:
+                self.frozen = warn_frozen(self.model, learning)
+            self.optim(learning)
+            zero_grads(learning)
+        self._keep_globals(log_joint, values)
+        self._steps += 1
+        return float(relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The energy after a relaxation, as :meth:`step` returns it; changes nothing."""
+        log_joint = self._log_joint(args, kwargs)
+        _, relaxed = self._relax(log_joint)
+        return float(relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global)
+
+    def infer(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Relax the latents of a call.
+
+        Returns:
+            Constrained values by site, detached. Global latents start from their persistent
+            values, which are not changed.
+        """
+        return self._relax(self._log_joint(args, kwargs))[0]
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Laplace:
+        """Relax, and take the Laplace posterior with the exact Hessian there.
+
+        Returns:
+            A guide for the rows of this call. With global latents its precision has arrow form;
+            from a minibatch the globals' part is an estimate, and flagged as one.
+
+        Raises:
+            IndefiniteHessianError: Where the relaxed state is no mode.
+        """
+        log_joint = self._log_joint(args, kwargs)
+        values, _ = self._relax(log_joint)
+        layout_ = log_joint.layout
+        size = sum(group.size for group in layout_.groups)
+        self.gradient_evaluations += 2 * size * max(1, layout_.num_rows)
+        plate = None if layout_.data_plate is None else layout_.data_plate.name
+        return laplace(
+            self.model, values, args, kwargs, data_plate=plate, jacobian=self.jacobian
+        )
+
+    def inspect(
+        self, *args: Any, values: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, SiteState]:
+        """Predictions, errors and energies of every site, latent and observed.
+
+        Args:
+            *args: Positional arguments of the model.
+            values: Constrained values of the latents; relaxed ones by default.
+            **kwargs: Keyword arguments of the model.
+        """
+        log_joint = self._log_joint(args, kwargs)
+        if values is None:
+            values, _ = self._relax(log_joint)
+        with torch.no_grad():
+            terms = log_joint.run(values)
+            return {name: _site_state(terms, name) for name in terms.terms}
+
+    def run(
+        self,
+        num_steps: int,
+        batches: Any,
+        *,
+        stop: Stop | None = None,
+        progress: bool = True,
+        state: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Make many steps; see :func:`guides.inference.run.run`."""
+        return run(self, num_steps, batches, stop=stop, progress=progress, state=state)
+
+    def get_state(self) -> dict[str, Any]:
+        """What persists between steps beside parameters: global latents and curvatures."""
+        return {
+            "globals": None if self._globals is None else dict(self._globals),
+            "curvature": None if self._curvature is None else dict(self._curvature),
+            "steps": self._steps,
+            "gradient_evaluations": self.gradient_evaluations,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`get_state` returned."""
+        self._globals = state["globals"]
+        self._curvature = state["curvature"]
+        self._steps = state["steps"]
+        self.gradient_evaluations = state["gradient_evaluations"]
+
+    def _log_joint(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LogJoint:
+        first = not self._checked
+        read = layout(self.model, args, kwargs, data_plate=self.data_plate, check=first)
+        if not read.groups:
+            raise ValueError("The model has no latent sites, so there is nothing to relax.")
+        log_joint = LogJoint(self.model, args, kwargs, layout=read)
+        if first:
+            self._check(log_joint, args, kwargs)
+        return log_joint
+
+    def _check(
+        self, log_joint: LogJoint, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        programs: dict[str, Any] = {"model": self.model}
+        if self.guide is not None:
+            programs["guide"] = self.guide
+        check_ownership(programs, {role: capture(p, args, kwargs) for role, p in programs.items()})
+        # Distributions check the data once; the relaxation itself runs without checks.
+        with torch.no_grad():
+            log_joint.run(log_joint.predictions(), validate=True)
+        self._checked.add(tuple(log_joint.layout.sites))
+
+    def _relax(
+        self, log_joint: LogJoint, learning: bool = False
+    ) -> tuple[dict[str, Tensor], Relaxed]:
+        read = log_joint.layout
+        values = self._start(log_joint)
+        moved = self._noncentered(read)
+        packed = read.pack(values)
+        if moved:
+            standardized = log_joint.standardize(values, moved)
+            packed = _insert(packed, standardized, read)
+        step_size: Any = self.step_size
+        if step_size == "auto" and learning:
+            step_size = self._cached_curvature(log_joint, packed, moved)
+        relaxed = relax(
+            log_joint,
+            packed,
+            num_steps=self.num_steps,
+            step_size=step_size,
+            jacobian=self.jacobian,
+            noncentered=moved,
+            tolerance=self.tolerance,
+        )
+        self.gradient_evaluations += relaxed.num_gradients * max(1, read.num_rows)
+        with torch.no_grad():
+            given, errors, _ = log_joint.unpack(relaxed.packed, moved)
+            if errors:
+                given = log_joint.run(given, errors=errors, density=False).values
+        return {name: given[name].detach() for name in read.sites}, relaxed
+
+    def _start(self, log_joint: LogJoint) -> dict[str, Tensor]:
+        known = {} if self._globals is None else self._globals
+        known = {name: value for name, value in known.items() if name in log_joint.layout.sites}
+        if self.guide is None:
+            return log_joint.predictions(known)
+        with torch.no_grad():
+            if isinstance(self.guide, ProgramGuide):
+                start = self.guide.locations(*log_joint.args, **log_joint.kwargs)
+            else:
+                with poutine.block(), SiteTerms(
+                    log_joint.layout, density=False, complete=False
+                ) as terms:
+                    self.guide(*log_joint.args, **log_joint.kwargs)
+                start = terms.values
+        return {
+            name: known.get(name, start[name].detach()).expand(site.shape)
+            for name, site in log_joint.layout.sites.items()
+        }
+
+    def _noncentered(self, read: Layout) -> tuple[str, ...]:
+        """Sites that move in standardized coordinates; the others stay centered."""
+        if self.parameterization == "centered":
+            return ()
+        return tuple(
+            name for name, site in read.sites.items() if location_scale.is_location_scale(site.fn)
+        )
+
+    def _cached_curvature(
+        self, log_joint: LogJoint, packed: dict[str, Tensor], moved: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """Curvatures for a learning step: refreshed now and then, guarded by backtracking."""
+        read = log_joint.layout
+        if self._curvature is None or self._steps % _REFRESH == 0:
+            energy = energy_function(log_joint, jacobian=self.jacobian, noncentered=moved)
+            found = curvature(energy, packed, read.scale)
+            self.gradient_evaluations += 24 * len(packed) * max(1, read.num_rows)
+            # A high quantile suits the rows of other batches too.
+            self._curvature = {k: c.quantile(0.9).reshape(1) for k, c in found.items()}
+        return {
+            group.name: self._curvature[group.name].expand(
+                1 if group.plate is None else read.num_rows
+            )
+            for group in read.groups
+        }
+
+    def _keep_globals(self, log_joint: LogJoint, values: Mapping[str, Tensor]) -> None:
+        group = log_joint.layout.group("global")
+        if group is None:
+            return
+        rate = self.global_rate
+        if rate is None:
+            rate = 1.0 / log_joint.layout.scale
+        fresh = group.pack(values)
+        if self._globals is None or rate == 1.0:
+            mixed = fresh
+        else:
+            mixed = group.pack(self._globals) * (1 - rate) + fresh * rate
+        self._globals = {
+            name: log_joint.layout.sites[name].constrain(value)[0].detach()
+            for name, value in group.unpack(mixed).items()
+        }
+
+    def __repr__(self) -> str:
+        """The regime of the relaxation, and which latents persist."""
+        kept = "none" if self._globals is None else ", ".join(self._globals)
+        return (
+            f"PredictiveCoding({self.parameterization}, num_steps={self.num_steps}, "
+            f"step_size={self.step_size!r}, jacobian={self.jacobian}, persistent latents: {kept})"
+        )
+
+
+def _insert(
+    packed: dict[str, Tensor], errors: Mapping[str, Tensor], read: Layout
+) -> dict[str, Tensor]:
+    """Standardized values in the slots of their sites."""
+    result = {}
+    for group in read.groups:
+        parts = [
+            site.flatten(errors[site.name].expand(site.shape))
+            if site.name in errors
+            else packed[group.name][..., part]
+            for site, part in group.slices()
+        ]
+        result[group.name] = torch.cat(parts, -1)
+    return result
+
+
+def _site_state(terms: SiteTerms, name: str) -> SiteState:
+    fn, value = terms.fns[name], terms.values[name]
+    try:
+        error, formula = location_scale.error(fn, value)
+    except (NotImplementedError, AttributeError):
+        error, formula = None, None
+    try:
+        prediction = (
+            location_scale.location(fn) if location_scale.is_location_scale(fn) else fn.mean
+        )
+    except (NotImplementedError, AttributeError):
+        prediction = None
+    return SiteState(value, prediction, error, formula, -terms.terms[name])

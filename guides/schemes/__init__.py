@@ -1,0 +1,8 @@
+"""Schemes: how the parameters of q are found. One a file; a call of the model to parameters (B, P)."""
+
+from __future__ import annotations
+
+SCHEMES = {
+    "local": "guides.schemes.local:Local",
+    "amortized": "guides.schemes.encoder:Encoder",
+}
