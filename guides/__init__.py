@@ -47,7 +47,12 @@ GUIDES = {
 
 
 def make(
-    name: str, model: Any, *args: Any, model_kwargs: Mapping[str, Any] | None = None, **options: Any
+    name: str,
+    model: Any,
+    /,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Guide:
     """Build a guide for any Pyro program by name.
 
@@ -111,7 +116,7 @@ def make(
 
 
 def pair(
-    model: Any, *args: Any, model_kwargs: Mapping[str, Any] | None = None, **options: Any
+    model: Any, /, *args: Any, model_kwargs: Mapping[str, Any] | None = None, **options: Any
 ) -> tuple[Any, Guide]:
     """A model and its usual partner, the guide that its attribute ``default_guide`` names.
 
@@ -145,9 +150,14 @@ def _options(function: Any, skip: tuple[str, ...]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name not in skip]
 
 
+_SUBMODULES = ("diagnostics", "draws", "energy", "families", "inference", "layout", "rows")
+
+
 def __getattr__(name: str) -> Any:
     if name == "Guide":
         from guides.guide import Guide
 
         return Guide
+    if name in _SUBMODULES:
+        return importlib.import_module(f"guides.{name}")
     raise AttributeError(f"module 'guides' has no attribute {name!r}")

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
-from guides.layout import Layout, Program, layout, unwrap
+from guides.layout import Layout, layout
+from guides.probe import Program
+from guides.supports import unwrap
 
 __all__ = ["Draws", "draw", "over_draws"]
 
@@ -159,9 +161,7 @@ def _spread(packed: Tensor, site: Any, read: Layout, num_samples: int) -> Tensor
     if site.row_dim is None:
         return site.place(packed.reshape(num_samples, *ones, packed.shape[-1]))
     left, right = ones[: read.depth + site.row_dim], ones[: -site.row_dim - 1]
-    return site.place(
-        packed.reshape(num_samples, *left, read.num_rows, *right, packed.shape[-1])
-    )
+    return site.place(packed.reshape(num_samples, *left, read.num_rows, *right, packed.shape[-1]))
 
 
 def _draw_any_guide(

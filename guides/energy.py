@@ -21,7 +21,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from guides import location_scale
-from guides.layout import Layout, Program, layout
+from guides.layout import Layout, layout
+from guides.probe import Program
 
 __all__ = ["LogJoint", "SiteTerms"]
 
@@ -277,7 +278,9 @@ class LogJoint:
             values = self.run(given, center=True, density=False).values
         return {name: values[name].detach() for name in self.layout.sites}
 
-    def standardize(self, values: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    def standardize(
+        self, values: Mapping[str, Tensor], names: Collection[str]
+    ) -> dict[str, Tensor]:
         """Standardized values of location-scale sites, given constrained values of all latents."""
         with torch.no_grad():
             fns = self.run(values, density=False).fns

@@ -1,6 +1,6 @@
 """A guide is a family times a scheme: the class behind the grid.
 
-    q(z | call) = product over groups of  family(u_group; scheme(group, call))  pushed to the supports
+    q(z | call) = prod over groups of family(u_group; scheme(group, call)), pushed to supports
 
 For every group the guide draws one auxiliary, packed and unconstrained vector inside the plates
 of the group, and then each latent site as ``Delta(value, log_density)`` at the site's own plates,
@@ -23,9 +23,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from guides.families.family import Family
-from guides.layout import Group, Layout, Program, layout
+from guides.layout import Layout, layout
+from guides.probe import Program
 from guides.schemes.local import Local
 from guides.schemes.scheme import Call, Scheme
+from guides.sites import Group, Site
 
 __all__ = ["Guide", "ProgramGuide"]
 
@@ -88,7 +90,7 @@ class ProgramGuide(PyroModule):
     def group_distribution(
         self, group: Group, call: Call, upstream: Mapping[str, Tensor]
     ) -> dist.TorchDistribution:
-        """q of one group: batch shape ``(B, 1, ..., 1)`` or ``()``, event shape ``(K,)``.
+        """Q of one group: batch shape ``(B, 1, ..., 1)`` or ``()``, event shape ``(K,)``.
 
         Args:
             group: The group.
@@ -139,7 +141,7 @@ class ProgramGuide(PyroModule):
         return values
 
     def _sample_site(
-        self, site: Any, unconstrained: Tensor, plates: dict[str, pyro.plate]
+        self, site: Site, unconstrained: Tensor, plates: dict[str, pyro.plate]
     ) -> Tensor:
         value, log_det = site.constrain(unconstrained)
         with contextlib.ExitStack() as stack:
@@ -202,7 +204,10 @@ class ProgramGuide(PyroModule):
         raise NotImplementedError(f"{type(self).__name__} states no center of q.")
 
     def _layout(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: Mapping[str, Tensor] | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        indices: Mapping[str, Tensor] | None,
     ) -> Layout:
         probe = layout(
             self.model,

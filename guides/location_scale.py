@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guides.layout import unwrap
+from guides.supports import unwrap
 
 __all__ = ["error", "inverse", "is_location_scale", "location", "shift"]
 

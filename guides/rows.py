@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guides.layout import Layout, Program
+from guides.layout import Layout
 from guides.layout import layout as read_layout
+from guides.probe import Program
 
 __all__ = ["bind", "data_args_of", "minibatches", "take_rows"]
 

@@ -1,4 +1,4 @@
-"""Diagnostics: what a posterior is worth, and its way into ArviZ. Lazy, so no torch is loaded here."""
+"""Diagnostics: what a posterior is worth, and its way into ArviZ. Lazy: loads no torch."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ called with its data.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +25,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from guides.diagnostics.axis_names import Axes, site_axes
+from guides.diagnostics.vectorize import vectorize
 from guides.layout import Layout, Program, unwrap
 
 __all__ = ["Call", "Records", "resimulate"]
 
 _CHUNK_ELEMENTS = 2**22
+_NUM_PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Call:
         kwargs: Keyword arguments.
         layout: The layout of the call.
         rows: Positions ``(B,)`` of its rows among all rows.
-        keep: The part of its rows that no other call holds.
+        skip: Leading rows that an earlier call holds already.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     layout: Layout
     rows: Tensor
-    keep: slice = slice(None)
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Records:
         axes: ``{site: Axes}``.
         fns: Distributions of the sites in one of the runs.
         observed: Names of the sites that kept their data.
+        interleaved: Whether the program is a guide that runs its model along.
     """
 
     values: dict[str, Tensor]
@@ -70,6 +72,7 @@ class Records:
     axes: dict[str, Axes]
     fns: dict[str, Any]
     observed: frozenset[str]
+    interleaved: bool
 
 
 def resimulate(
@@ -103,6 +106,7 @@ def resimulate(
         axes=first.axes,
         fns=first.fns,
         observed=frozenset(first.observed),
+        interleaved=isinstance(poutine.unwrap(program), GuideMessenger),
     )
 
 
@@ -132,11 +136,14 @@ class _Recorder(Messenger):
             **{f"log:{name}": value for name, value in self.log_density.items()},
         }
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if site_is_subsample(msg):
             # Autoguides draw row numbers of their own, even where the model was told its rows.
-            if name in self.indices:
+            if name in self.indices and msg["fn"].subsample_size in (
+                None,
+                len(self.indices[name]),
+            ):
                 msg["value"] = self.indices[name]
         elif name in self.given:
             msg["value"] = self.given[name]
@@ -145,7 +152,7 @@ class _Recorder(Messenger):
             msg["value"] = None
             msg["done"] = False
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
         name, fn, value = msg["name"], msg["fn"], msg["value"]
@@ -160,7 +167,8 @@ class _Recorder(Messenger):
             frames = [frame.name for frame in msg["cond_indep_stack"]]
             if plate is not None and plate.name in frames and plate.size != plate.num_rows:
                 scale = scale / plate.scale
-            term = scale_and_mask(fn.log_prob(value), scale, msg["mask"])
+            term = fn.log_prob(value)
+            term = scale_and_mask(term, scale, msg["mask"])  # type: ignore[no-untyped-call]
             self.log_density[name] = term.expand(fn.batch_shape)
         self.values[name] = value
         self.axes[name] = site_axes(
@@ -190,14 +198,14 @@ def _over_draws(
     chunk = max(1, min(num_samples, _CHUNK_ELEMENTS // max(largest, 1)))
     # A messenger keeps its trace, in which tensors of vmap must not outlive it.
     vectorized = num_samples > 1 and not isinstance(poutine.unwrap(program), GuideMessenger)
+    if vectorized and random:
+        vectorized = _draws_differ(run, first, given)
     parts = []
     for start in range(0, num_samples, chunk):
         stop = min(start + chunk, num_samples)
         values = {name: value[start:stop] for name, value in given.items()}
-        part = _vectorize(run, values, stop - start) if vectorized else None
-        if part is not None and (
-            _shares_draws(part, first, given) if random else _disagrees(part, first, start)
-        ):
+        part = vectorize(run, values, stop - start) if vectorized else None
+        if part is not None and start == 0 and not random and _disagrees(part, first):
             part = None
         if part is None:
             vectorized = False
@@ -207,50 +215,39 @@ def _over_draws(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _vectorize(
+def _draws_differ(
     run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-    values: Mapping[str, Tensor],
-    length: int,
-) -> dict[str, Tensor] | None:
-    """The runs at once, or None where the program does not allow it."""
-
-    def numbered(_: Tensor, one: dict[str, Tensor]) -> dict[str, Tensor]:
-        return run(one)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            return torch.func.vmap(numbered, randomness="different")(
-                torch.arange(length), dict(values)
-            )
-    except (RuntimeError, TypeError, ValueError):
-        # Control flow on values, or a sampler without a batching rule. The loop gives the same
-        # numbers, and raises by itself if it is the program that is at fault.
-        return None
-
-
-def _shares_draws(
-    part: Mapping[str, Tensor], first: _Recorder, given: Mapping[str, Tensor]
+    first: _Recorder,
+    given: Mapping[str, Tensor],
 ) -> bool:
-    """Whether a drawn site came out the same in all runs, as from a generator vmap cannot see."""
-    for name in first.values:
-        value = part[f"value:{name}"]
-        drawn = name not in given and name not in first.observed
-        if drawn and type(unwrap(first.fns[name])).__name__ not in ("Delta", "Unit"):
-            if value.shape[0] > 1 and value.numel() and bool((value == value[:1]).all()):
-                return True
-    return False
+    """Whether vectorized runs on the same given values draw every site anew.
 
-
-def _disagrees(part: Mapping[str, Tensor], first: _Recorder, start: int) -> bool:
-    """Whether the first of the vectorized runs differs from the same run by itself."""
-    if start > 0:
+    A sampler outside of torch (NumPy's, say) runs only once under vmap, and all draws would
+    share its noise without a word.
+    """
+    same = {name: value[:1].expand(_NUM_PROBES, *value.shape[1:]) for name, value in given.items()}
+    part = vectorize(run, same, _NUM_PROBES)
+    if part is None:
         return False
+    for name, fn in first.fns.items():
+        if name in given or name in first.observed:
+            continue
+        value = part[f"value:{name}"]
+        random = type(unwrap(fn)).__name__ not in ("Delta", "Unit")
+        if random and value.numel() and bool((value == value[:1]).all()):
+            return False
+    return True
+
+
+def _disagrees(part: Mapping[str, Tensor], first: _Recorder) -> bool:
+    """Whether the first of the vectorized runs differs from the same run by itself."""
     alone = {
         **{f"value:{name}": value for name, value in first.values.items()},
         **{f"log:{name}": value for name, value in first.log_density.items()},
     }
     return not all(
-        torch.allclose(part[name][0].double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.allclose(
+            part[name][0].double(), value.double(), rtol=1e-4, atol=1e-5, equal_nan=True
+        )
         for name, value in alone.items()
     )

@@ -12,7 +12,7 @@ References:
     | Importance Weighted Autoencoders (Burda, Grosse & Salakhutdinov, 2016)
     | https://arxiv.org/abs/1509.00519
 
-    | Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson & Gelman, 2018)
+    | Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018)
     | https://arxiv.org/abs/1802.02538
 """
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from guides.draws import Draws, draw
-from guides.layout import Program
+from guides.probe import Program
 
 __all__ = ["Khat", "LogWeights", "Score", "elbo", "log_evidence", "log_weights", "pareto_khat"]
 
@@ -118,9 +118,7 @@ def log_weights(
     Raises:
         ValueError: Where the guide has no density, or leaves out a latent.
     """
-    draws = draw(
-        model, guide, args, model_kwargs, num_samples=num_samples, data_plate=data_plate
-    )
+    draws = draw(model, guide, args, model_kwargs, num_samples=num_samples, data_plate=data_plate)
     return _weights(draws)
 
 

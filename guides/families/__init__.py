@@ -1,4 +1,4 @@
-"""Families: what shapes q can take. One a file; parameters (..., P) to a distribution over (..., K)."""
+"""Families: what shapes q can take. One a file: parameters (..., P) to q over (..., K)."""
 
 from __future__ import annotations
 

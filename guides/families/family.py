@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 __all__ = ["Family", "inverse_softplus", "positive"]
+
+_FLOOR = 1e-8
 
 
 class Family(nn.Module, abc.ABC):
@@ -52,11 +55,11 @@ class Family(nn.Module, abc.ABC):
         """Its center ``(..., K)``: the point that stands for q where one is needed."""
 
     def rsample_and_log_prob(
-        self, lam: Tensor, sample_shape: torch.Size = torch.Size()
+        self, lam: Tensor, sample_shape: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor]:
         """Reparameterized draws and their log density, ``(*S, ..., K)`` and ``(*S, ...)``."""
         q = self.distribution(lam)
-        value = q.rsample(sample_shape)
+        value = q.rsample(torch.Size(sample_shape))
         return value, q.log_prob(value)
 
     def log_prob(self, lam: Tensor, value: Tensor) -> Tensor:
@@ -69,8 +72,11 @@ class Family(nn.Module, abc.ABC):
 
 
 def positive(raw: Tensor) -> Tensor:
-    """The map from unconstrained parameters to scales: softplus, which grows only linearly."""
-    return nn.functional.softplus(raw)
+    """The map from unconstrained parameters to scales: softplus, which grows only linearly.
+
+    The floor keeps a scale from rounding to zero, where a density no longer exists.
+    """
+    return nn.functional.softplus(raw) + _FLOOR
 
 
 def inverse_softplus(value: float) -> float:

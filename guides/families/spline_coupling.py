@@ -6,12 +6,17 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-import zuko
 from torch import Tensor, nn
-from zuko.flows.coupling import GeneralCouplingTransform
-from zuko.transforms import MonotonicRQSTransform
 
 from guides.families.family import Family, inverse_softplus, positive
+
+# Importing Zuko switches torch's validation of distributions off for the whole process.
+_validate = torch.distributions.Distribution._validate_args
+import zuko  # noqa: E402
+from zuko.flows.coupling import GeneralCouplingTransform  # noqa: E402
+from zuko.transforms import MonotonicRQSTransform  # noqa: E402
+
+torch.distributions.Distribution.set_default_validate_args(_validate)
 
 __all__ = ["SplineCoupling"]
 
@@ -140,8 +145,8 @@ class _FlowDistribution(dist.TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> _FlowDistribution:
         return _FlowDistribution(self.flow, self.loc, self.scale, torch.Size(batch_shape))
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
         e = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         y, log_det = self.flow.call_and_ladj(e)
         value = self.loc + self.scale * y
@@ -158,4 +163,6 @@ class _FlowDistribution(dist.TorchDistribution):
 
 
 def _standard_log_prob(e: Tensor) -> Tensor:
-    return -0.5 * (e.square() + torch.tensor(2 * torch.pi, dtype=e.dtype, device=e.device).log()).sum(-1)
+    return -0.5 * (
+        e.square() + torch.tensor(2 * torch.pi, dtype=e.dtype, device=e.device).log()
+    ).sum(-1)

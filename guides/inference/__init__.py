@@ -11,14 +11,14 @@ LOOPS = {
 }
 
 _EXPORTS = {
-    "IndefiniteHessianError": "guides.inference.laplace",
-    "Laplace": "guides.inference.laplace",
+    "IndefiniteHessianError": "guides.inference.laplace_guide",
+    "Laplace": "guides.inference.laplace_guide",
     "PredictiveCoding": "guides.inference.predictive_coding",
-    "Run": "guides.inference.run",
+    "Run": "guides.inference.running",
     "SVI": "guides.inference.svi",
-    "laplace": "guides.inference.laplace",
-    "plateau": "guides.inference.run",
-    "run": "guides.inference.run",
+    "laplace": "guides.inference.laplace_guide",
+    "plateau": "guides.inference.running",
+    "run": "guides.inference.running",
 }
 
 __all__ = ["LOOPS", *sorted(_EXPORTS)]

@@ -21,12 +21,15 @@ def capture(
         with poutine.trace(param_only=True) as trace:
             program(*args, **kwargs)
     return {
-        name: site["value"].unconstrained() for name, site in trace.trace.nodes.items()
+        name: site["value"].unconstrained()
+        for name, site in trace.trace.nodes.items()
         if site["type"] == "param"
     }
 
 
-def check_ownership(programs: Mapping[str, Callable[..., Any]], used: Mapping[str, dict[str, Tensor]]) -> None:
+def check_ownership(
+    programs: Mapping[str, Callable[..., Any]], used: Mapping[str, dict[str, Tensor]]
+) -> None:
     """Raise where a module runs on its own weights while the store trains others of that name.
 
     Pyro's parameter store is global: two modules with equal attribute paths are one parameter to

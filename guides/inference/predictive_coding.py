@@ -32,10 +32,11 @@ from guides import location_scale
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
 from guides.inference.checks import capture, check_ownership, warn_frozen
-from guides.inference.laplace import Laplace, laplace
+from guides.inference.laplace_guide import Laplace, laplace
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
-from guides.inference.run import Run, Stop, run
-from guides.layout import Layout, Program, layout
+from guides.inference.running import Run, Stop, run
+from guides.layout import Layout, layout
+from guides.probe import Program
 
 __all__ = ["PredictiveCoding", "SiteState"]
 
@@ -210,9 +211,7 @@ class PredictiveCoding:
         size = sum(group.size for group in layout_.groups)
         self.gradient_evaluations += 2 * size * max(1, layout_.num_rows)
         plate = None if layout_.data_plate is None else layout_.data_plate.name
-        return laplace(
-            self.model, values, args, kwargs, data_plate=plate, jacobian=self.jacobian
-        )
+        return laplace(self.model, values, args, kwargs, data_plate=plate, jacobian=self.jacobian)
 
     def inspect(
         self, *args: Any, values: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -240,7 +239,7 @@ class PredictiveCoding:
         progress: bool = True,
         state: Mapping[str, Any] | None = None,
     ) -> Run:
-        """Make many steps; see :func:`guides.inference.run.run`."""
+        """Make many steps; see :func:`guides.inference.running.run`."""
         return run(self, num_steps, batches, stop=stop, progress=progress, state=state)
 
     def get_state(self) -> dict[str, Any]:
@@ -319,9 +318,10 @@ class PredictiveCoding:
             if isinstance(self.guide, ProgramGuide):
                 start = self.guide.locations(*log_joint.args, **log_joint.kwargs)
             else:
-                with poutine.block(), SiteTerms(
-                    log_joint.layout, density=False, complete=False
-                ) as terms:
+                with (
+                    poutine.block(),
+                    SiteTerms(log_joint.layout, density=False, complete=False) as terms,
+                ):
                     self.guide(*log_joint.args, **log_joint.kwargs)
                 start = terms.values
         return {

@@ -89,14 +89,17 @@ def curvature(
     with torch.no_grad():
         _, product = torch.func.vjp(gradient, packed)
         for name, value in packed.items():
-            # A fixed start keeps runs reproducible and leaves the random state alone.
+            # One fixed start for every row: reproducible, blind to the place in the batch, and
+            # it leaves the random state alone.
             generator = torch.Generator().manual_seed(0)
-            vector = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            vector = vector.to(value)
+            vector = torch.randn(value.shape[-1], generator=generator, dtype=torch.float64)
+            vector = vector.to(value).expand(value.shape)
             size = torch.ones(value.shape[:-1], dtype=value.dtype, device=value.device)
             for _ in range(num_iterations):
                 vector = vector / vector.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-                block = {k: vector if k == name else torch.zeros_like(v) for k, v in packed.items()}
+                block = {
+                    k: vector if k == name else torch.zeros_like(v) for k, v in packed.items()
+                }
                 vector = product(block)[0][name]
                 size = vector.norm(dim=-1)
             factor = scale if value.dim() == 2 else 1.0
@@ -160,7 +163,9 @@ def relax(
                 for k, c in found.items()
             }
         else:
-            base = {k: torch.full(v.shape[:-1], step_size).to(v).reshape(-1) for k, v in state.items()}
+            base = {
+                k: torch.full(v.shape[:-1], step_size).to(v).reshape(-1) for k, v in state.items()
+            }
         units = 1 if joint else rows.shape[0]
         factor = torch.ones(units, dtype=rows.dtype, device=rows.device)
         done = 0

@@ -9,7 +9,7 @@ import pyro.infer
 import pyro.optim
 
 from guides.inference.checks import capture, check_ownership
-from guides.inference.run import Run, Stop, run
+from guides.inference.running import Run, Stop, run
 
 __all__ = ["SVI"]
 
@@ -53,7 +53,7 @@ class SVI(pyro.infer.SVI):
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One update; returns the loss before it."""
         if not self._checked:
-            programs = {"model": self.model, "guide": self.guide}
+            programs = {"guide": self.guide, "model": self.model}
             check_ownership(
                 programs, {role: capture(p, args, kwargs) for role, p in programs.items()}
             )
@@ -69,5 +69,5 @@ class SVI(pyro.infer.SVI):
         progress: bool = True,
         state: Mapping[str, Any] | None = None,
     ) -> Run:
-        """Make many steps; see :func:`guides.inference.run.run`."""
+        """Make many steps; see :func:`guides.inference.running.run`."""
         return run(self, num_steps, batches, stop=stop, progress=progress, state=state)

@@ -1,4 +1,4 @@
-"""Schemes: how the parameters of q are found. One a file; a call of the model to parameters (B, P)."""
+"""Schemes: how the parameters of q are found. One a file: a call to parameters (B, P)."""
 
 from __future__ import annotations
 

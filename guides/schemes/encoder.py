@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guides.layout import Group
 from guides.rows import bind
 from guides.schemes.scheme import Call, Scheme
+from guides.sites import Group
 
 __all__ = ["Encoder"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from guides.layout import Group
 from guides.schemes.scheme import Call, Scheme
+from guides.sites import Group
 
 __all__ = ["Local"]
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from guides.layout import Group, Layout, Program
+from guides.layout import Layout
+from guides.probe import Program
+from guides.sites import Group
 
 __all__ = ["Call", "Scheme"]
 

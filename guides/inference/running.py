@@ -1,4 +1,4 @@
-"""Run a loop: many steps over batches, with a progress bar, an early stop and a resumable state."""
+"""Run a loop: steps over batches, a progress bar, an early stop and a resumable state."""
 
 from __future__ import annotations
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
 from guides.inference.relaxation import energy_function
-from guides.layout import Group, Plate, Program
+from guides.probe import Program
 from guides.schemes.scheme import Call
+from guides.sites import Group, Plate
 
 __all__ = ["IndefiniteHessianError", "Laplace", "hessian", "laplace"]
 

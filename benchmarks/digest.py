@@ -1,0 +1,127 @@
+"""Digest of the code behind a run: what must be unchanged for a finished run to be reused.
+
+The digest is known before anything runs. It is a walk over import statements, written anywhere
+in a module, that stays inside `zoo`, `guides` and `benchmarks`; a string that names a module of
+these packages (`"guides.schemes.local:Local"`) counts as an import, because that is how the lazy
+registries refer to one. Comments, docstrings and blank lines do not count: polishing a docstring
+leaves every record valid.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import io
+import re
+import tokenize
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+__all__ = ["code_digest", "closure", "source_digest", "stripped"]
+
+PACKAGES = ("zoo", "guides", "benchmarks")
+_NAMED = re.compile(r"^(?:zoo|guides|benchmarks)(?:\.\w+)+(?::\w+)?$")
+
+# The registries name every model and every guide. A run uses one of each, and says which.
+_REGISTRIES = ("zoo", "guides", "benchmarks", "benchmarks.suites")
+
+
+@cache
+def _find(module: str) -> Path | None:
+    """Return the source file of a project module without importing it, or None."""
+    root = importlib.util.find_spec(module.partition(".")[0])
+    if root is None or not root.submodule_search_locations:
+        return None
+    path = Path(next(iter(root.submodule_search_locations))).joinpath(*module.split(".")[1:])
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def stripped(source: str) -> str:
+    """Return source code without comments, docstrings, blank lines and trailing spaces."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                if isinstance(first.value.value, str):
+                    for row in range(first.lineno - 1, first.end_lineno or first.lineno):
+                        lines[row] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _imports(module: str, tree: ast.Module) -> set[str]:
+    """Names of project modules that a module refers to; some may turn out to be attributes."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if module not in _REGISTRIES and _NAMED.match(node.value):
+                found.add(node.value.partition(":")[0])
+    return {name for name in found if name.partition(".")[0] in PACKAGES}
+
+
+def closure(roots: Iterable[str]) -> list[str]:
+    """Return every project module that the roots import, themselves included, sorted by name.
+
+    Args:
+        roots: Module names, with or without `:attribute`; unknown ones are left out.
+    """
+    todo = [root.partition(":")[0] for root in roots]
+    seen: set[str] = set()
+    while todo:
+        module = todo.pop()
+        path = _find(module)
+        if path is None or module in seen:
+            continue
+        seen.add(module)
+        if "." in module:
+            todo.append(module.rpartition(".")[0])
+        todo.extend(_imports(module, ast.parse(path.read_text(encoding="utf-8"))))
+    return sorted(seen)
+
+
+@cache
+def source_digest(path: Path) -> str:
+    """Return the sha256 of one file's code, comments and docstrings left out."""
+    return hashlib.sha256(stripped(path.read_text(encoding="utf-8")).encode()).hexdigest()
+
+
+def code_digest(modules: Iterable[str], files: Iterable[Path] = ()) -> str:
+    """Return one digest over project modules and files of the user's own.
+
+    Args:
+        modules: Names as `closure` returns them. A module that is no longer there changes the
+            digest, as it should.
+        files: Task files outside the project.
+
+    Returns:
+        The first 16 hexadecimal digits of a sha256.
+
+    Example:
+        >>> from benchmarks.digest import closure, code_digest
+        >>> modules = closure(["benchmarks.records"])
+        >>> "benchmarks.report" in modules
+        False
+        >>> len(code_digest(modules))
+        16
+    """
+    total = hashlib.sha256()
+    for module in sorted(modules):
+        path = _find(module)
+        total.update(f"{module}={source_digest(path) if path else 'missing'};".encode())
+    for path in sorted(files):
+        total.update(f"file:{path.name}={source_digest(path)};".encode())
+    return total.hexdigest()[:16]

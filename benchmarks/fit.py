@@ -1,0 +1,164 @@
+"""Fit: run a loop for a number of updates and meter what it costs.
+
+Cost is counted in gradient evaluations, one for the gradient of one row's log joint at one draw:
+an update with P draws on B rows costs P B. A program without a data plate counts as one row.
+Seconds are those of the updates alone; scoring along the way is left out of both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+from pyro import poutine
+from torch import nn
+
+from benchmarks.budget import Budget
+
+__all__ = ["Meter", "batches", "fit", "frozen", "make_optim", "row_count"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Program = Callable[..., Any]
+
+
+@dataclass
+class Meter:
+    """What a fit has cost so far, and how it went.
+
+    Args:
+        gradient_evaluations: Gradients of one row's log joint at one draw.
+        seconds: Wall seconds of the updates.
+        curve: Points of the learning curve.
+    """
+
+    gradient_evaluations: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def row_count(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], plate: Any) -> int:
+    """Return the rows of a call's data plate; one for a program without."""
+    from guides.layout import layout
+
+    data_plate = layout(model, args, kwargs, data_plate=plate).data_plate
+    return 1 if data_plate is None else int(data_plate.num_rows)
+
+
+def frozen(model: Program) -> Program:
+    """Return a program whose parameters no optimizer sees.
+
+    The parameters of a module are switched off in place. Those of a plain function live in
+    Pyro's store, where blocking their sites hides them from the loop.
+    """
+    if isinstance(model, nn.Module):
+        return model.requires_grad_(False)
+    return poutine.block(model, hide_types=["param"])
+
+
+def parameters_of(model: Program, call: Call) -> set[str]:
+    """Return the names, in Pyro's store, of the parameters of a program."""
+    args, kwargs = call
+    with pyro.get_param_store().scope(), poutine.block():
+        trace = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
+    return {name for name, node in trace.nodes.items() if node["type"] == "param"}
+
+
+def make_optim(budget: Budget, num_steps: int, *, local: Callable[[str], bool]) -> Any:
+    """Return Adam whose step sizes fall geometrically, with a larger one for free parameters.
+
+    Args:
+        budget: Step sizes and their decay.
+        num_steps: Updates over which they fall.
+        local: Whether a parameter, by name, is free rather than a network's weight.
+    """
+    decay = budget.lr_decay ** (1 / max(1, num_steps))
+
+    def options(name: str) -> dict[str, float]:
+        lr = budget.local_lr if local(name) else budget.lr
+        return {"lr": lr, "lrd": decay, "clip_norm": 1e4}
+
+    return pyro.optim.ClippedAdam(options)
+
+
+def batches(
+    model: Program,
+    call: Call,
+    *,
+    batch_size: int | None,
+    data_plate: str | None,
+    data_args: Mapping[str, int] | None,
+) -> Iterator[Call]:
+    """Return calls without end: the whole call again and again, or shuffled minibatches of it."""
+    if batch_size is None:
+        while True:
+            yield call
+    from guides.layout import layout
+    from guides.rows import minibatches
+
+    args, kwargs = call
+    read = layout(model, args, kwargs, data_plate=data_plate)
+    while True:
+        yield from minibatches(
+            model, args, kwargs, batch_size=batch_size, layout=read, data_args=data_args
+        )
+
+
+def fit(
+    loop: Any,
+    calls: Iterator[Call],
+    num_steps: int,
+    *,
+    meter: Meter,
+    rows: Callable[[Call], int],
+    num_particles: int,
+    checkpoints: set[int] | None = None,
+    monitor: Callable[[], float | None] | None = None,
+    tick: Callable[[float], None] = lambda fraction: None,
+) -> None:
+    """Run a loop, meter it, and look at it at checkpoints.
+
+    Args:
+        loop: Anything with `step(*args, **kwargs)`; one that counts its own
+            `gradient_evaluations` is believed.
+        calls: Arguments of each update.
+        num_steps: Number of updates.
+        meter: Gradient evaluations and seconds are added to it.
+        rows: Rows of a call.
+        num_particles: Draws of the objective.
+        checkpoints: Updates after which `monitor` is asked for a point of the learning curve.
+        monitor: Returns an ELBO estimate, or None where there is none yet.
+        tick: Told the fraction done.
+
+    Raises:
+        FloatingPointError: If a loss is not finite.
+    """
+    counts = hasattr(loop, "gradient_evaluations")
+    for step in range(1, num_steps + 1):
+        call = next(calls)
+        args, kwargs = call
+        before = loop.gradient_evaluations if counts else 0
+        start = time.perf_counter()
+        loss = loop.step(*args, **kwargs)
+        meter.seconds += time.perf_counter() - start
+        meter.gradient_evaluations += (
+            loop.gradient_evaluations - before if counts else rows(call) * num_particles
+        )
+        if not math.isfinite(float(loss)):
+            raise FloatingPointError(f"The loss is {float(loss)} after {step} updates.")
+        if checkpoints and step in checkpoints and monitor is not None:
+            value = monitor()
+            if value is not None and math.isfinite(value):
+                meter.curve.append(
+                    {
+                        "step": step,
+                        "gradient_evaluations": meter.gradient_evaluations,
+                        "seconds": round(meter.seconds, 3),
+                        "elbo": round(value, 4),
+                    }
+                )
+        if step % 20 == 0 or step == num_steps:
+            tick(step / num_steps)

@@ -1,0 +1,165 @@
+"""Scores: the ELBO and k-hat of a guide, the evidence of a model, row by row where rows exist.
+
+* ELBO: a lower bound on log p(x), the mean of log p(x, z) - log q(z) over draws of q. Its gap to
+  the evidence is KL(q, posterior): on one and the same model a higher ELBO is a better guide.
+* Evidence: log-mean-exp of the same differences over K draws. It is a lower bound too, but with
+  many draws it forgets the guide, and so it scores the model.
+* Pareto k-hat: how heavy the tail of the weights is; above 0.7 the draws of q cannot be reweighted
+  into draws of the posterior.
+
+Where latents are shared by all rows the weights are one a draw and not one a row; such scores are
+joint scores, of the whole data set, and are labelled so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.budget import Budget
+from benchmarks.records import rounded
+
+__all__ = ["KHAT_THRESHOLD", "elbo_estimate", "exact_evidence", "score"]
+
+KHAT_THRESHOLD = 0.7
+
+
+def _array(values: Tensor | None) -> np.ndarray | None:
+    return None if values is None else values.detach().double().cpu().numpy()
+
+
+def _summary(result: Any, num_samples: int, estimator: str) -> dict[str, Any]:
+    """Mean over rows with its error over rows, or the total with its Monte Carlo error."""
+    # Under global latents rows still have terms, but these alone bound nothing.
+    rows = None if result.joint else _array(result.rows)
+    if rows is None:
+        return {
+            "value": _number(result.total),
+            "standard_error": _number(result.standard_error),
+            "joint": True,
+            "num_rows": None,
+            "num_samples": num_samples,
+            "estimator": estimator,
+        }
+    return {
+        "value": _number(rows.mean()),
+        "standard_error": _number(rows.std(ddof=1) / math.sqrt(len(rows)) if len(rows) > 1 else 0),
+        "monte_carlo_error": _number(result.standard_error / len(rows)),
+        "joint": False,
+        "num_rows": len(rows),
+        "num_samples": num_samples,
+        "estimator": estimator,
+    }
+
+
+def _number(value: float) -> float | None:
+    value = float(value)
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def elbo_estimate(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    data_plate: str | None = "auto",
+) -> float:
+    """Return one point of a learning curve: the ELBO per row, or the joint one."""
+    from guides import diagnostics
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        result = diagnostics.elbo(
+            model,
+            guide,
+            *args,
+            model_kwargs=dict(kwargs),
+            num_samples=num_samples,
+            data_plate=data_plate,
+        )
+    rows = None if result.joint else _array(result.rows)
+    return float(result.total) if rows is None else float(rows.mean())
+
+
+def exact_evidence(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> np.ndarray | None:
+    """Return log p(x) per row where a model knows it (`model.log_evidence`), else None."""
+    closed_form = getattr(model, "log_evidence", None)
+    if closed_form is None:
+        return None
+    with torch.no_grad():
+        values = closed_form(*args, **kwargs)
+    return _array(values) if values.dim() == 1 else None
+
+
+def score(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    budget: Budget,
+    *,
+    data_plate: str | None = "auto",
+    evidence_guide: Callable[..., Any] | None = None,
+    evidence_name: str = "the method's own draws",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Score one guide on one model.
+
+    Args:
+        model: The program, its parameters fixed.
+        guide: A guide with a density.
+        args: Positional arguments: the rows to be scored.
+        kwargs: Keyword arguments.
+        budget: Numbers of draws.
+        data_plate: Name of the plate whose rows are data.
+        evidence_guide: Proposes the draws behind the evidence; the guide itself by default.
+        evidence_name: What these draws are called beside the figure.
+
+    Returns:
+        Scores by name, and per-row values by name (absent where scores are joint).
+    """
+    from guides import diagnostics
+
+    call: dict[str, Any] = {"model_kwargs": dict(kwargs), "data_plate": data_plate}
+    rows: dict[str, Any] = {}
+    with torch.no_grad():
+        elbo = diagnostics.elbo(model, guide, *args, num_samples=budget.num_samples, **call)
+        proposal = guide if evidence_guide is None else evidence_guide
+        evidence = diagnostics.log_evidence(
+            model, proposal, *args, num_samples=budget.num_evidence_samples, **call
+        )
+        khat = diagnostics.pareto_khat(
+            model, guide, *args, num_samples=budget.num_khat_samples, **call
+        )
+    scores = {
+        "elbo": _summary(elbo, budget.num_samples, "mean of log p(x, z) - log q(z)"),
+        "log_evidence": _summary(
+            evidence,
+            budget.num_evidence_samples,
+            f"log-mean-exp of {budget.num_evidence_samples} importance weights, {evidence_name}",
+        ),
+    }
+    for name, result in (("elbo", elbo), ("log_evidence", evidence)):
+        if not result.joint:
+            rows[name] = rounded(_array(result.rows))
+    khats = None if khat.joint else _array(khat.rows)
+    values = np.atleast_1d(float(khat.total)) if khats is None else khats
+    # Weights that do not vary have index -inf, which JSON lacks; below -1 nothing is told apart.
+    values = np.maximum(values, -1.0)
+    if khats is not None:
+        rows["khat"] = rounded(values, 3)
+    scores["khat"] = {
+        "median": _number(np.median(values)),
+        "above": _number(np.mean(~(values <= KHAT_THRESHOLD))),
+        "threshold": KHAT_THRESHOLD,
+        "joint": khats is None,
+        "num_samples": budget.num_khat_samples,
+    }
+    return scores, rows

@@ -1,0 +1,198 @@
+"""Workbench: one model of one run, and the steps that methods take on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
+
+from benchmarks.fit import Meter, batches, fit, frozen, make_optim, parameters_of, row_count
+from benchmarks.methods import Method
+from benchmarks.scores import elbo_estimate
+from benchmarks.task import Task
+
+__all__ = ["Call", "Tick", "Workbench", "silent"]
+
+Program = Callable[..., Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Tick = Callable[[str, float], None]
+
+
+def silent(phase: str, fraction: float) -> None:
+    """Report progress to nobody."""
+
+
+class Workbench:
+    """One model of one run; build it inside the run's own parameter store.
+
+    Args:
+        task: The task.
+        tick: Told the phase, in a word, and the fraction of it done.
+    """
+
+    def __init__(self, task: Task, tick: Tick = silent) -> None:
+        self.task = task
+        self.budget = task.budget
+        self.tick = tick
+        self.model = task.build_model()
+        self.train: Call = (task.args, dict(task.kwargs))
+        self.scored: Call = (task.scored_args, task.scored_kwargs)
+
+    def guide(self, method: Method, program: Program, call: Call) -> Program:
+        """Build a method's guide for a program and its data."""
+        args, kwargs = call
+        return method.make_guide(program, args, kwargs, data_plate=self.task.data_plate)
+
+    def loop(self, method: Method, program: Program, guide: Program | None, call: Call) -> Any:
+        """Build a method's loop, with the larger step size for free parameters."""
+        from guides import inference
+
+        networks = parameters_of(self.model, call)
+        grid = method.grid is not None
+        optim = make_optim(
+            self.budget,
+            self.budget.num_steps,
+            local=lambda name: name not in networks and (not grid or name.endswith("table")),
+        )
+        if method.relaxes:
+            steps = self.budget.relaxation_steps
+            plate = self.task.data_plate
+            return inference.PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
+        if method.loop == "svi":
+            loss = Trace_ELBO(num_particles=self.budget.num_particles)
+            return inference.SVI(program, guide, optim, loss)
+        return method.loop(program, guide, optim)
+
+    def run_fit(
+        self,
+        method: Method,
+        program: Program,
+        guide: Program | None,
+        call: Call,
+        phase: str,
+        *,
+        watch: Call | None,
+    ) -> tuple[Any, Meter]:
+        """Fit a method to a call.
+
+        Args:
+            method: The method.
+            program: The model, trainable or frozen.
+            guide: Its guide, None for predictive coding.
+            call: Arguments of the updates.
+            phase: What progress calls this.
+            watch: Arguments of the learning curve; None leaves it out.
+
+        Returns:
+            The loop, and what it cost.
+        """
+        loop = self.loop(method, program, guide, call)
+        meter = Meter()
+        # Minibatches are for training, and for guides that can be told their rows.
+        minibatched = call is self.train and (method.grid is not None or method.relaxes)
+        size = self.budget.batch_size if minibatched else None
+        plate, data_args = self.task.data_plate, self.task.data_args
+        calls = batches(program, call, batch_size=size, data_plate=plate, data_args=data_args)
+        num_rows = row_count(program, *call, plate)
+
+        def monitor() -> float | None:
+            try:
+                posterior = self.posterior(method, program, guide, loop, watch or call)
+                samples = self.budget.num_curve_samples
+                return elbo_estimate(program, posterior, *(watch or call), samples, plate)
+            except (ValueError, RuntimeError):
+                # A point without a Laplace covariance yet has no ELBO yet: its curve starts later.
+                return None
+
+        fit(
+            loop,
+            calls,
+            self.budget.num_steps,
+            meter=meter,
+            rows=lambda now: num_rows if size is None else row_count(program, *now, plate),
+            num_particles=self.budget.num_particles,
+            checkpoints=self.checkpoints(self.budget.num_steps) if watch is not None else set(),
+            monitor=monitor,
+            tick=lambda fraction: self.tick(phase, fraction),
+        )
+        return loop, meter
+
+    def posterior(
+        self, method: Method, program: Program, guide: Program | None, loop: Any, call: Call
+    ) -> Program:
+        """Return the guide that is scored: the fitted one, or a Laplace guide at its point."""
+        args, kwargs = call
+        if method.relaxes:
+            return _program(loop.posterior(*args, **kwargs))
+        if isinstance(guide, AutoLaplaceApproximation):
+            return _program(guide.laplace_approximation(*args, **kwargs))
+        if guide is None:
+            raise ValueError(f"Method '{method.name}' has no guide to score.")
+        if method.point:
+            from guides.inference.laplace_guide import laplace
+
+            with torch.no_grad():
+                autoguide = isinstance(guide, AutoGuide)
+                point = guide.median if autoguide else guide.locations  # type: ignore[attr-defined]
+                values = point(*args, **kwargs)
+            return _program(
+                laplace(program, values, args, kwargs, data_plate=self.task.data_plate)
+            )
+        return guide
+
+    def relax(self, call: Call) -> tuple[Program, Meter]:
+        """Relax to the mode, the model fixed: a fresh relaxation for every point of the curve."""
+        from guides import inference
+
+        args, kwargs = call
+        program = frozen(self.model)
+        meter = Meter()
+        total = self.budget.inference_steps
+        posterior: Program | None = None
+        for steps in sorted(self.checkpoints(total) | {total}):
+            optim = make_optim(self.budget, 1, local=lambda name: False)
+            plate = self.task.data_plate
+            loop = inference.PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
+            start = time.perf_counter()
+            try:
+                posterior = _program(loop.posterior(*args, **kwargs))
+                seconds = time.perf_counter() - start
+                value = elbo_estimate(
+                    program, posterior, *call, self.budget.num_curve_samples, plate
+                )
+            except (ValueError, RuntimeError):
+                if steps == total:
+                    raise
+                continue
+            meter.gradient_evaluations = int(loop.gradient_evaluations)
+            meter.seconds = seconds
+            meter.curve.append(
+                {
+                    "step": steps,
+                    "gradient_evaluations": meter.gradient_evaluations,
+                    "seconds": round(seconds, 3),
+                    "elbo": round(value, 4),
+                }
+            )
+            self.tick("relax", steps / total)
+        if posterior is None:
+            raise ValueError("Predictive coding needs at least one relaxation step.")
+        return posterior, meter
+
+    def checkpoints(self, num_steps: int) -> set[int]:
+        """Steps at which to look, evenly spaced on a logarithmic axis, the last one included."""
+        start = min(10, num_steps)
+        last = max(1, self.budget.num_curve_points - 1)
+        return {round(start * (num_steps / start) ** (i / last)) for i in range(last)} | {
+            num_steps
+        }
+
+
+def _program(value: Any) -> Program:
+    if not callable(value):
+        raise TypeError(f"A posterior must be a guide, got {type(value).__name__}.")
+    return value  # type: ignore[no-any-return]

@@ -1,0 +1,90 @@
+"""Worker: what a process of the pool does with a job, errors included."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.execute import execute, train_shared_model
+from benchmarks.methods import Method, as_methods
+from benchmarks.shared_model import read_state, write_state
+from benchmarks.task import Task, load_tasks
+
+__all__ = ["attempt", "failure", "work"]
+
+_PACKAGES = ("benchmarks", "guides", "zoo")
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """Return an error as a record keeps it: type, message, and the line of this project."""
+    where = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        parts = Path(frame.filename).parts
+        for package in _PACKAGES:
+            if package in parts:
+                start = len(parts) - 1 - parts[::-1].index(package)
+                where = f"{'/'.join(parts[start:])}:{frame.lineno} in {frame.name}"
+    message = str(error).strip() or "no message"
+    return {"type": type(error).__name__, "message": message, "where": where}
+
+
+def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do something; return what it returns with status `ok`, or how it failed.
+
+    Warnings are kept with the result rather than printed across a progress bar.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            result = {"status": "ok", **action()}
+        except Exception as error:  # any failure of a method is a result
+            result = {"status": "failed", "error": failure(error)}
+    texts = dict.fromkeys(f"{item.category.__name__}: {item.message}" for item in caught)
+    if texts:
+        result["warnings"] = [text[:300] for text in texts][:5]
+    return result
+
+
+@cache
+def _task(source: str, name: str, budget: Any) -> tuple[Task, dict[str, Method]]:
+    (task,) = load_tasks(source, [name])
+    task = replace(task, budget=budget)
+    methods = as_methods(task.guides, task.loops, model=task.model, options=task.guide_options)
+    return task, {method.name: method for method in methods}
+
+
+def work(payload: dict[str, Any], tick: Callable[[str, float], None]) -> dict[str, Any]:
+    """Do one job of the pool.
+
+    Args:
+        payload: `source`, `task` and `budget` say what; `kind` is `shared` (train the model that
+            the frozen regime shares) or `run`.
+        tick: Told how far it is.
+    """
+
+    def shared() -> dict[str, Any]:
+        task, _ = _task(payload["source"], payload["task"], payload["budget"])
+        state, about = train_shared_model(task, payload["seed"], tick)
+        write_state(Path(payload["state"]), state, about)
+        return {"shared_model": about}
+
+    def run() -> dict[str, Any]:
+        task, methods = _task(payload["source"], payload["task"], payload["budget"])
+        state, about = read_state(Path(payload["state"])) if payload["state"] else (None, None)
+        outcome = execute(
+            task,
+            methods[payload["method"]],
+            payload["regime"],
+            payload["seed"],
+            state=state,
+            tick=tick,
+            images=payload["images"],
+        )
+        return outcome if about is None else {**outcome, "shared_model": about}
+
+    return attempt(shared if payload["kind"] == "shared" else run)

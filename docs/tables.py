@@ -1,0 +1,206 @@
+"""Write the README's tables again: models and guides from the registries, results from records.
+
+    python docs/tables.py            write README.md
+    python docs/tables.py --check    exit with 1 where README.md is not what this would write
+
+A table stands between the marks ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RECORDS = ROOT / "benchmarks" / "records" / "quick"
+
+# `python docs/tables.py` puts docs/, not the repository, on the path.
+sys.path.insert(0, str(ROOT))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
+    """A Markdown table.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells, as many a row as there are titles.
+        align: A letter a column, ``r`` for right; left by default.
+    """
+    rules = ["---:" if side == "r" else "---" for side in align.ljust(len(header), "l")]
+    lines = [header, rules, *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary(thing: Any) -> str:
+    """The first sentence of a docstring, in Markdown."""
+    text = (inspect.getdoc(thing) or "").split("\n\n")[0]
+    return " ".join(text.split()).removesuffix(".").replace("``", "`")
+
+
+def process(thing: Any) -> str:
+    """The generative process of a docstring, its first indented block, one line a row."""
+    block = re.search(r"\n\n((?: {4}.*\n?)+)", inspect.getdoc(thing) or "")
+    if block is None:
+        return ""
+    # what stands far to the right of a line is a remark: the range of an index, a place to look
+    lines = [re.sub(r"([~=].*?)\s{4,}.*", r"\1", line) for line in block[1].splitlines()]
+    return "<br>".join(f"`{' '.join(line.split())}`" for line in lines if line.strip())
+
+
+def references(thing: Any) -> str:
+    """The ``References:`` of a docstring, of a class or else of its module, as links.
+
+    A reference is ``Title (Authors, Year) address``, over as many lines as it takes.
+    """
+    for text in (inspect.getdoc(thing), inspect.getdoc(inspect.getmodule(thing))):
+        part = re.search(r"^References:\n((?:[ \t]+.*\n?)+)", text or "", flags=re.MULTILINE)
+        if part is None:
+            continue
+        lines = " ".join(line.strip().removeprefix("| ") for line in part[1].splitlines())
+        found = re.findall(r"\(([^()]+, \d{4})\) (\w+:\S+)", lines)
+        return "<br>".join(f"[{who}]({address})" for who, address in found)
+    return ""
+
+
+def resolve(path: Any) -> Any:
+    """The object that ``"module:attribute"`` names."""
+    if not isinstance(path, str):
+        return path
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def models() -> str:
+    """One line a model of ``zoo.MODELS``."""
+    import zoo
+
+    rows = []
+    for name, entry in zoo.MODELS.items():
+        model = resolve(entry)
+        rows.append([f"`{name}`", summary(model), process(model), references(model)])
+    return table(["Model", "What it is", "Process", "Reference"], rows)
+
+
+def grid() -> str:
+    """Families down, schemes across: the names of ``guides.GUIDES``."""
+    import guides
+
+    cells: dict[Any, dict[Any, str]] = {}
+    schemes: dict[Any, None] = {}
+    for name, (scheme, family) in guides.GUIDES.items():
+        schemes.setdefault(resolve(scheme))
+        cells.setdefault(resolve(family), {})[resolve(scheme)] = f"`{name}`"
+    header = ["Family", "q(u) over unconstrained latents"]
+    header += [scheme.__name__ for scheme in schemes]
+    rows = []
+    for family, row in cells.items():
+        cited = references(family)
+        about = summary(family) + (f" ({cited})" if cited else "")
+        rows.append([family.__name__, about, *(row.get(scheme, "") for scheme in schemes)])
+    about_schemes = []
+    for scheme in schemes:
+        cited = references(scheme)
+        about = summary(scheme) + (f" ({cited})" if cited else "")
+        about_schemes.append(f"- **{scheme.__name__}**: {about[:1].lower()}{about[1:]}.")
+    return "\n".join([table(header, rows), "", *about_schemes])
+
+
+def results() -> str:
+    """The committed records as one table: a method a row, a task and regime a column.
+
+    On a frozen, shared model the ELBO scores guides; jointly trained, the evidence scores models.
+    """
+    from benchmarks.records import read_records
+    from benchmarks.standings import standings
+
+    if not RECORDS.is_dir():
+        return "No records are committed yet: the table appears with the first of them."
+    records = read_records(RECORDS)
+    boards = standings(records.latest(), records.tasks)
+    names = {"elbo": "ELBO", "log_evidence": "log evidence"}
+    header = ["Method", *(f"{b.task}, {b.regime}: {names[b.score]}" for b in boards)]
+    rows = []
+    for method in dict.fromkeys(place.method for board in boards for place in board.places):
+        cells = [_cell(board, method) for board in boards]
+        rows.append([f"`{method}`", *cells])
+    return "\n".join([table(header, rows, "l" + "r" * len(boards)), "", _caption(records, boards)])
+
+
+def _cell(board: Any, method: str) -> str:
+    """The score of the baseline, and of every other method its paired difference to it."""
+    place = next((place for place in board.places if place.method == method), None)
+    if place is None:
+        return ""
+    value, difference = place.score(board.score), place.difference
+    if value is None or difference is None or not difference.finite:
+        return "failed" if place.failures else "not finite"
+    failed = f" ({len(place.failures)} failed)" if place.failures else ""
+    if method == board.baseline:
+        return f"{value.value:.2f}{failed}"
+    return f"{difference.value:+.3f} ± {2 * difference.standard_error:.3f}{failed}"
+
+
+def _caption(records: Any, boards: Sequence[Any]) -> str:
+    """What the figures are: unit, rows, draws, seeds, command, versions."""
+    run = next(run for run in records.latest() if run["status"] == "ok")
+    scores, used = run["scores"], run["versions"]
+    seeds = len({run["seed"] for run in records.runs})
+    versions = ", ".join(f"{name} {used[name]}" for name in ("python", "torch", "pyro"))
+    word = "seed" if seeds == 1 else "seeds"
+    return (
+        f"In nats per row, {run['scored']}, {seeds} {word}: the score of `{boards[0].baseline}`, "
+        f"and the paired differences to it ± 2 standard errors. ELBO: "
+        f"{scores['elbo']['num_samples']} draws a row. Log evidence: "
+        f"{scores['log_evidence']['estimator']}. Made by `{records.commands[-1]['command']}` "
+        f"with {versions}, on {run['finished'][:10]}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"models": models, "guides": grid, "results": results}
+
+
+def rewritten(text: str) -> str:
+    """The page with its tables made again.
+
+    Raises:
+        ValueError: If the marks of a table are not there, once each.
+    """
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md must have {begin} and {end}, once each.")
+        head, rest = text.split(begin)
+        tail = rest.split(end)[1]
+        text = f"{head}{begin}\n{make()}\n{end}{tail}"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check; the exit code is 1 where a check finds a difference."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, show what differs")
+    options = parser.parse_args(arguments)
+    before = README.read_text(encoding="utf-8")
+    after = rewritten(before)
+    if options.check:
+        old, new = before.splitlines(), after.splitlines()
+        print(
+            *difflib.unified_diff(old, new, "README.md", "generated", lineterm="", n=0), sep="\n"
+        )
+        if before != after:
+            print("README.md is not what docs/tables.py writes. The fix: make tables")
+        return int(before != after)
+    README.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

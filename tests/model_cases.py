@@ -1,0 +1,88 @@
+"""One row a zoo model: the smallest instance that has every feature, and a call of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import zoo
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """How a model is built and called in tests.
+
+    Args:
+        build: Builds the model; called inside a test, so that an error fails that test only.
+        args: From the model to the positional arguments of an example call, all rows.
+        plate: Name of the plate whose rows are data.
+        options: Further constructors of the same model, by name, for tests over variants.
+    """
+
+    build: Callable[[], Any]
+    args: Callable[[Any], tuple[torch.Tensor, ...]]
+    plate: str = "data"
+    variants: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+
+def simulate(model: Any) -> tuple[torch.Tensor, ...]:
+    """Six rows that the model itself generates, without a trace of them left."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        return (model(size=6).detach(),)
+
+
+MODEL_CASES = {
+    "linear_gaussian": ModelCase(
+        build=lambda: zoo.make("linear_gaussian", dims=(2, 3, 5)),
+        args=simulate,
+        variants={
+            "depth 1": lambda: zoo.make("linear_gaussian", dims=(2, 4)),
+            "depth 3, diagonal": lambda: zoo.make(
+                "linear_gaussian", dims=(2, 3, 2, 4), covariance="diagonal"
+            ),
+            "factor analysis": lambda: zoo.make(
+                "linear_gaussian", dims=(2, 5), covariance=("unit", "diagonal"), bias=(False, True)
+            ),
+            "probabilistic PCA": lambda: zoo.make(
+                "linear_gaussian",
+                dims=(2, 5),
+                covariance=("unit", "isotropic"),
+                bias=(False, True),
+            ),
+        },
+    ),
+    "vae": ModelCase(
+        build=lambda: zoo.make("vae", x_dim=4, z_dim=2, hidden=(3,)),
+        args=simulate,
+        variants={
+            "gaussian": lambda: zoo.make(
+                "vae", x_dim=4, z_dim=2, hidden=(3,), likelihood="gaussian"
+            ),
+            "continuous bernoulli": lambda: zoo.make(
+                "vae", x_dim=4, z_dim=2, hidden=(3,), likelihood="continuous_bernoulli"
+            ),
+            "linear decoder": lambda: zoo.make("vae", x_dim=4, z_dim=2, hidden=()),
+        },
+    ),
+    "hierarchical_vae": ModelCase(
+        build=lambda: zoo.make("hierarchical_vae", x_dim=4, z_dims=(3, 2), hidden=(3,)),
+        args=simulate,
+        variants={
+            "skip, three levels": lambda: zoo.make(
+                "hierarchical_vae", x_dim=4, z_dims=(3, 2, 2), hidden=(3,), skip=True
+            ),
+            "gaussian": lambda: zoo.make(
+                "hierarchical_vae", x_dim=4, z_dims=(3, 2), hidden=(3,), likelihood="gaussian"
+            ),
+            "one level": lambda: zoo.make("hierarchical_vae", x_dim=4, z_dims=(2,), hidden=(3,)),
+        },
+    ),
+    "eight_schools": ModelCase(
+        build=lambda: zoo.make("eight_schools"),
+        args=lambda model: (model.y, model.sigma),
+        plate="schools",
+        variants={"centered": lambda: zoo.make("eight_schools", centered=True)},
+    ),
+}

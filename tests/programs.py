@@ -1,0 +1,116 @@
+"""Pyro programs as readers write them: nobody thought of this project when writing these.
+
+Group indexing (``offset[group]``), improvised shapes, positive and simplex sites, globals and
+locals mixed. ``PROGRAMS`` maps a name to a :class:`Program` with simulated data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program, its data, and where its global latents are."""
+
+    model: Callable[..., Any]
+    args: tuple[Tensor, ...]
+    global_sites: tuple[str, ...]
+    local_sites: tuple[str, ...]
+
+
+def hierarchical_regression(x: Tensor, group: Tensor, y: Tensor | None = None) -> Tensor:
+    """Varying intercepts, and features that share one simplex of weights."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.full((x.shape[1],), 2.0)))
+    slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
+    level = pyro.sample("level", dist.Normal(0.0, 2.0))
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("groups", 10):
+        offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+    mean = level + spread * offset[group] + slope * (x @ weights)
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+
+ANCHORS = torch.tensor([[6.0, 6.0, 1.0, 0.5, 0.5, 2.0], [0.5, 0.5, 1.0, 6.0, 6.0, 2.0]])
+
+
+def gamma_poisson(counts: Tensor, size: int | None = None, index: Tensor | None = None) -> Tensor:
+    """A Poisson factor model whose factors are told apart by anchored loadings."""
+    with pyro.plate("factors", 2):
+        loadings = pyro.sample("loadings", dist.Gamma(ANCHORS.to(counts), 1.0).to_event(1))
+    with pyro.plate("data", size or len(counts), subsample=index):
+        z = pyro.sample(
+            "z", dist.Gamma(torch.full((2,), 2.0, dtype=counts.dtype), 2.0).to_event(1)
+        )
+        rate = z @ loadings
+        return pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
+
+
+def random_effects(
+    dose: Tensor, y: Tensor | None = None, size: int | None = None, index: Tensor | None = None
+) -> Tensor:
+    """A logistic dose response with an effect of its own for every subject, 20 trials each."""
+    effect = pyro.sample("effect", dist.Normal(0.0, 1.5))
+    base = pyro.sample("base", dist.Normal(0.0, 1.5))
+    spread = pyro.sample("spread", dist.LogNormal(-0.5, 0.5))
+    with pyro.plate("subjects", size or len(dose), subsample=index):
+        own = pyro.sample("own", dist.Normal(0.0, 1.0))
+        logits = base + effect * dose + spread * own
+        return pyro.sample("y", dist.Binomial(20, logits=logits), obs=y)
+
+
+def _simulate(model: Callable[..., Any], *args: Any, **fixed: Tensor) -> Tensor:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        return poutine.uncondition(poutine.condition(model, fixed))(*args)
+
+
+def _hierarchical_regression() -> Program:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(80, 3, generator=generator)
+    group = torch.arange(80) % 10
+    truth = {
+        "weights": torch.tensor([0.6, 0.3, 0.1]),
+        "slope": torch.tensor(1.5),
+        "level": torch.tensor(0.5),
+        "spread": torch.tensor(0.7),
+        "noise": torch.tensor(0.5),
+    }
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        y = poutine.condition(hierarchical_regression, truth)(x, group)
+    names = ("weights", "slope", "level", "spread", "noise", "offset")
+    return Program(hierarchical_regression, (x, group, y), names, ())
+
+
+def _gamma_poisson() -> Program:
+    generator = torch.Generator().manual_seed(2)
+    z = 0.2 + 2 * torch.rand(30, 2, generator=generator)
+    counts = torch.poisson(z @ ANCHORS, generator=generator)
+    return Program(gamma_poisson, (counts,), ("loadings",), ("z",))
+
+
+def _random_effects() -> Program:
+    generator = torch.Generator().manual_seed(3)
+    dose = torch.linspace(-1.5, 1.5, 30)
+    own = torch.randn(30, generator=generator)
+    logits = 0.3 + 1.2 * dose + 0.6 * own
+    y = torch.distributions.Binomial(20, logits=logits).mean.round()
+    return Program(random_effects, (dose, y), ("effect", "base", "spread"), ("own",))
+
+
+PROGRAMS: dict[str, Callable[[], Program]] = {
+    "hierarchical_regression": _hierarchical_regression,
+    "gamma_poisson": _gamma_poisson,
+    "random_effects": _random_effects,
+}

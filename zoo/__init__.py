@@ -1,0 +1,85 @@
+"""Generative models, written once, as plain Pyro programs.
+
+A model knows nothing of guides or loops: anything that runs a Pyro program runs these.
+
+    model = zoo.make("vae", x_dim=64, z_dim=8)
+    model(size=10)                  # simulates 10 rows
+    model(x)                        # conditions on x
+
+``MODELS`` is the whole registry: a plain dict from names to the class behind each. Classes are
+imported when they are first used: ``zoo.VAE`` is ``zoo.vae.VAE``. Data sets are in
+:mod:`zoo.data`, small posteriors with a known answer in :mod:`zoo.reference`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.hierarchical_vae import HierarchicalVAE
+    from zoo.linear_gaussian import LinearGaussian
+    from zoo.model import Model
+    from zoo.reference.eight_schools import EightSchools
+    from zoo.vae import VAE
+
+__all__ = ["MODELS", "VAE", "EightSchools", "HierarchicalVAE", "LinearGaussian", "Model", "make"]
+
+MODELS = {
+    "linear_gaussian": "zoo.linear_gaussian:LinearGaussian",
+    "vae": "zoo.vae:VAE",
+    "hierarchical_vae": "zoo.hierarchical_vae:HierarchicalVAE",
+    "eight_schools": "zoo.reference.eight_schools:EightSchools",
+}
+
+
+def make(name: str, **options: Any) -> Model:
+    """Build a model by name.
+
+    Args:
+        name: A key of ``MODELS``.
+        **options: Arguments of the model's constructor.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: For an unknown name.
+        TypeError: For an option that the model does not have, or one that it needs.
+
+    Example:
+        >>> make("vae", x_dim=64, z_dim=8)(size=3).shape
+        torch.Size([3, 64])
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}. Available models: {', '.join(MODELS)}.")
+    import inspect
+
+    model_class = _resolve(MODELS[name])
+    signature = inspect.signature(model_class)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise TypeError(f"Model {name!r}: {error}. Its options: {signature}.") from None
+    model: Model = model_class(**options)
+    return model
+
+
+def _resolve(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Model":
+        return _resolve("zoo.model:Model")
+    for path in MODELS.values():
+        if path.partition(":")[2] == name:
+            return _resolve(path)
+    if name in ("data", "reference"):
+        return importlib.import_module(f"zoo.{name}")
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "data", "reference"})

@@ -1,0 +1,1 @@
+"""Small statistical posteriors with a known answer, one a file."""
