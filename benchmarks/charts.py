@@ -10,12 +10,10 @@ import numpy as np
 
 from benchmarks.differences import Estimate, estimate
 from benchmarks.standings import Place, Standings
-from benchmarks.svg import Axis, compact, drawing, line, mark, polyline, text
+from benchmarks.svg import MINUS, Axis, compact, drawing, line, mark, polyline, text
 from benchmarks.words import look
 
 __all__ = ["cost_chart", "differences_chart", "glyph", "interval", "signed", "span"]
-
-MINUS = "−"
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -23,8 +21,8 @@ def signed(value: float, digits: int = 3) -> str:
 
     Example:
         >>> from benchmarks.charts import signed
-        >>> signed(-0.5), signed(1.25, 1)
-        ('−0.500', '+1.2')
+        >>> signed(0.5), signed(1.25, 1)
+        ('+0.500', '+1.2')
     """
     if not math.isfinite(value):
         return "not finite"
@@ -91,8 +89,9 @@ def differences_chart(
     axis = Axis(low, high, 14, width - 14)
     ticks = axis.ticks(5)
     parts = [line(axis(tick), top, axis(tick), bottom, "grid") for tick in ticks]
-    parts.append(line(axis(0.0), top, axis(0.0), bottom, "zero"))
     for i, (place, item) in enumerate(items):
+        middle = top + row * i + 25
+        parts.append(line(axis(0.0), middle - 7, axis(0.0), middle + 7, "zero"))
         parts += _difference_row(place, item, axis, top + row * i, unit, place.method == base)
     parts += [
         text(axis(tick), bottom + 15, compact(tick), anchor="middle", cls="muted", size=11)
@@ -181,7 +180,6 @@ def cost_chart(table: Standings, cost: str, label: str) -> str:
     if not curves:
         return ""
     width, height = 480.0, 330.0
-    xs = [x for _, points in curves for x, _ in points]
     ys = [y for _, points in curves for _, y in points]
     ends = [points[-1][1] for _, points in curves]
     if gap:
@@ -190,6 +188,8 @@ def cost_chart(table: Standings, cost: str, label: str) -> str:
         top, bottom = max(ys), float(np.median(ends))
         low = max(min(ys), top - 6 * max(top - bottom, 0.05 * abs(top)))
         vertical = Axis(low, top + 0.04 * (top - low), height - 46, 24)
+    shown = [x for _, points in curves for x, y in points if gap or y >= vertical.low]
+    xs = shown or [x for _, points in curves for x, _ in points]
     horizontal = Axis(min(xs) / 1.15, max(xs) * 1.15, 46, width - 12, log=True)
     parts = []
     for tick in vertical.ticks(6):
@@ -217,7 +217,8 @@ def cost_chart(table: Standings, cost: str, label: str) -> str:
         color, shape = look(place.example)
         where = [(horizontal(x), vertical(y)) for x, y in points if gap or y >= vertical.low]
         if len(where) > 1:
-            parts.append(polyline(where, f"{color} stroke curve"))
+            dash = " dash" if shape == "diamond" else ""
+            parts.append(polyline(where, f"{color} stroke curve{dash}"))
         if where:
             last = points[-1]
             tip = f"{place.method}: {last[1]:.3f} after {compact(last[0])} {names[cost]}"

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["code_digest", "closure", "source_digest", "stripped"]
+__all__ = ["closure", "code_digest", "source_digest", "stripped"]
 
 PACKAGES = ("zoo", "guides", "benchmarks")
 _NAMED = re.compile(r"^(?:zoo|guides|benchmarks)(?:\.\w+)+(?::\w+)?$")

@@ -1,4 +1,4 @@
-"""Progress: what is running, how far it is, how long it will take; plain lines where no one looks."""
+"""Progress: what is running, how far it is, how long it takes; plain lines where none look."""
 
 from __future__ import annotations
 

@@ -12,24 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.digest import code_digest
+from benchmarks.figures import checks, costs, gap_figure, legend, paired_figure, shots
+from benchmarks.leaderboard import standing
 from benchmarks.page import page
 from benchmarks.progress import duration
 from benchmarks.records import Records, read_records
-from benchmarks.sections import (
-    checks,
-    costs,
-    failures,
-    finding,
-    gap_figure,
-    glossary,
-    legend,
-    methods,
-    paired_figure,
-    regime_heading,
-    shots,
-    standing,
-    task_facts,
-)
+from benchmarks.sections import failures, finding, glossary, methods, regime_heading, task_facts
 from benchmarks.standings import Standings, standings
 from benchmarks.words import title
 
@@ -88,7 +76,10 @@ def render(records: Records) -> str:
     if not runs:
         raise ValueError("A report needs at least one run; these records hold none.")
     tables = standings(runs, records.tasks)
-    stale = changed_digests(records)
+    changed = changed_digests(records)
+    every = all(run["digest"] in changed for run in runs)
+    # A mark on every row says less than one sentence.
+    stale = set() if every else changed
     names = {name: _label(name, records) for name in dict.fromkeys(t.task for t in tables)}
     heading = _heading(records, names)
     body = [_top(heading, records, runs, tables, names)]
@@ -104,7 +95,7 @@ def render(records: Records) -> str:
         for table in (table for table in tables if table.task == task):
             body.append(_regime(table, stale))
     body.append('<h2 id="failures">Failures</h2>' + failures(runs))
-    body.append(_provenance(records, runs, stale))
+    body.append(_provenance(records, runs, changed))
     return page(heading, "\n".join(body))
 
 
@@ -186,7 +177,7 @@ def _regime(table: Standings, stale: set[str]) -> str:
     )
 
 
-def _provenance(records: Records, runs: Sequence[dict[str, Any]], stale: set[str]) -> str:
+def _provenance(records: Records, runs: Sequence[dict[str, Any]], changed: set[str]) -> str:
     commands = dict.fromkeys(item["command"] for item in records.commands if item["command"])
     texts = "".join(f'<pre class="cmd">{escape(command)}</pre>' for command in commands)
     versions = dict.fromkeys(
@@ -200,7 +191,7 @@ def _provenance(records: Records, runs: Sequence[dict[str, Any]], stale: set[str
         for m in (run["machine"] for run in runs if "machine" in run)
     )
     dtypes = dict.fromkeys(run["dtype"] for run in runs if "dtype" in run)
-    changed = sum(run["digest"] in stale for run in runs)
+    old = sum(run["digest"] in changed for run in runs)
     dates = sorted(run["finished"][:10] for run in runs if "finished" in run)
     facts = {
         "Versions": " / ".join(versions),
@@ -210,8 +201,8 @@ def _provenance(records: Records, runs: Sequence[dict[str, Any]], stale: set[str
         if dates and dates[0] == dates[-1]
         else " to ".join(dates[:1] + dates[-1:]),
         "Code digests": ", ".join(dict.fromkeys(run["digest"] for run in runs)),
-        "Code changed since": f"{changed} of {len(runs)} runs"
-        + (" (marked in the leaderboards)" if changed else ""),
+        "Code changed since": f"{old} of {len(runs)} runs"
+        + (" (marked in the leaderboards)" if 0 < old < len(runs) else ""),
     }
     if records.unreadable:
         facts["Lines cut short"] = f"{records.unreadable}, left out"

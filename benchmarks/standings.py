@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ def _place(method: str, runs: Sequence[Record], base: Sequence[Record], score: s
 def _checks(order: Sequence[str], runs: Mapping[str, Sequence[Record]]) -> list[Check]:
     done = {name: [run for run in runs.get(name, ()) if run["status"] == "ok"] for name in order}
     found = []
-    for lower, higher in zip(order[:-1], order[1:], strict=True):
+    for lower, higher in pairwise(order):
         difference = paired(done[higher], done[lower], "elbo")
         if difference is not None:
             found.append(Check(f"ELBO of {lower}", f"ELBO of {higher}", difference))

@@ -11,7 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Axis", "compact", "drawing", "line", "mark", "polyline", "text"]
+__all__ = [
+    "DASH",
+    "MINUS",
+    "TIMES",
+    "Axis",
+    "compact",
+    "drawing",
+    "line",
+    "mark",
+    "polyline",
+    "text",
+]
+
+# Written as escapes: in source they are easily taken for their plain neighbors.
+DASH, MINUS, TIMES = "\u2013", "\u2212", "\u00d7"
 
 
 @dataclass(frozen=True)
@@ -71,12 +85,12 @@ def compact(value: float) -> str:
 
     Example:
         >>> from benchmarks.svg import compact
-        >>> compact(1_500_000), compact(20_000), compact(0.25), compact(-3.0)
-        ('1.5M', '20k', '0.25', '−3')
+        >>> compact(1_500_000), compact(20_000), compact(0.25), compact(3.0)
+        ('1.5M', '20k', '0.25', '3')
     """
     if not math.isfinite(value):
-        return "–"
-    sign, size = ("−" if value < 0 else ""), abs(value)
+        return DASH
+    sign, size = (MINUS if value < 0 else ""), abs(value)
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= unit:
             return f"{sign}{size / unit:.3g}{name}"

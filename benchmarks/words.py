@@ -43,14 +43,14 @@ GLOSSARY = (
     (
         "Evidence",
         "log p(x), how probable a model makes the data, in nats (natural-log units; higher is "
-        "better). It cannot be computed exactly here; it is estimated from below by the "
-        "logarithm of a mean of K importance weights, which tightens as K grows. It judges models.",
+        "better). Where it cannot be computed, it is estimated from below by "
+        "the logarithm of a mean of K importance weights, tighter as K grows. It judges models.",
     ),
     (
         "ELBO",
         "A lower bound on the evidence that depends on the guide, the approximate posterior. On "
         "one and the same model the guide with the higher ELBO is the closer one: the gap "
-        "between evidence and ELBO is its Kullback–Leibler divergence from the posterior.",
+        "between evidence and ELBO is its Kullback-Leibler divergence from the posterior.",
     ),
     (
         "Paired difference",
@@ -60,12 +60,12 @@ GLOSSARY = (
     ),
     (
         "Pareto k̂",
-        "A check of the guide’s tails, row by row. Up to 0.7 its draws can be reweighted into "
+        "A check of the guide's tails, row by row. Up to 0.7 its draws can be reweighted into "
         "draws of the true posterior; above, the guide misses part of it.",
     ),
     (
         "Gradient evaluations",
-        "Cost that does not depend on the machine: one is the gradient of one row’s log joint at "
+        "Cost that does not depend on the machine: one is the gradient of one row's log joint at "
         "one draw. Evaluation is not counted, in neither gradients nor seconds.",
     ),
     (

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import random
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from benchmarks.execute import execute, train_shared_model
 from benchmarks.methods import Method, as_methods
 from benchmarks.shared_model import read_state, write_state
 from benchmarks.task import Task, load_tasks
 
-__all__ = ["attempt", "failure", "work"]
+__all__ = ["attempt", "failure", "undisturbed", "work"]
 
 _PACKAGES = ("benchmarks", "guides", "zoo")
 
@@ -48,6 +53,18 @@ def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if texts:
         result["warnings"] = [text[:300] for text in texts][:5]
     return result
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Give back the caller's random states afterwards: torch's, NumPy's and Python's."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Make an environment with Python >= 3.12 and ArviZ 1.x, and print its interpreter.
 
-``python tests/arviz_py312_venv.py DIR``: ArviZ 1.x needs Python 3.12, where the pinned torch may not
-exist, so the torch-free core of the export is tested in an environment of its own.
+``python tests/arviz_py312_venv.py DIR``: ArviZ 1.x needs Python 3.12, where the pinned torch may
+not exist, so the torch-free core of the export is tested in an environment of its own.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ and the grad mode are global: a test that changes one of them changes the tests 
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -79,3 +80,23 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, no data folder, no proxy between this process and its own server."""
+    monkeypatch.delenv("PYRO_ZOO_DATA", raising=False)
+    monkeypatch.delenv("PYRO_ZOO_MIRROR", raising=False)
+    monkeypatch.setenv("PYRO_ZOO_CACHE", str(tmp_path / "cache"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Any]:
+    """A web server on this machine that serves an empty folder."""
+    from tests.file_server import serving
+
+    with serving(tmp_path / "served") as running:
+        yield running

@@ -1,4 +1,4 @@
-"""A web server on this machine, a cache and no network: where the loaders are tested."""
+"""A web server on this machine, from which the loaders download in tests."""
 
 import contextlib
 import dataclasses
@@ -7,8 +7,6 @@ import http.server
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -56,20 +54,3 @@ def nowhere() -> str:
     """An address at which nothing answers: a port that was just given back."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
         return f"http://127.0.0.1:{closed.server_port}"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, no data folder, no proxy between this process and its own server."""
-    monkeypatch.delenv("PYRO_ZOO_DATA", raising=False)
-    monkeypatch.delenv("PYRO_ZOO_MIRROR", raising=False)
-    monkeypatch.setenv("PYRO_ZOO_CACHE", str(tmp_path / "cache"))
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with serving(tmp_path / "served") as running:
-        yield running

@@ -746,6 +746,65 @@ def test_a_joint_guide_is_refused_in_minibatches_and_exact_without():
         to_arviz(programs.two_levels, joint, x, num_samples=5, batch_size=2)
 
 
+def test_globals_alone_over_minibatches_of_a_program_without_row_numbers():
+    x = torch.randn(7)
+    mean = x.sum() / 8
+
+    def guide(_):
+        pyro.sample("mu", dist.Normal(mean, 8**-0.5))
+
+    data = to_arviz(programs.one_mean, guide, x, num_samples=50, batch_size=3)
+    stats = tensors(data, "sample_stats")
+    evidence = programs.one_mean_evidence(x).expand(50)
+    torch.testing.assert_close(stats["lp"] - stats["log_q"], evidence, atol=1e-9, rtol=0)
+    # This guide reads the global posterior off the rows it is called with.
+    with pytest.raises(ValueError, match="'mu' is outside the data plate but changes"):
+        to_arviz(programs.one_mean, programs.one_mean_exact, x, num_samples=5, batch_size=3)
+
+
+def test_positive_globals_replay_without_losing_their_density():
+    def model(x, size=None, index=None):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", size or len(x), subsample=index):
+            z = pyro.sample("z", dist.Gamma(2.0, rate))
+            pyro.sample("x", dist.Normal(z * share[0], 1.0), obs=x)
+
+    x = torch.rand(7)
+    for guide in (guides.make("normal", model, x), AutoNormal(model)):
+        if isinstance(guide, AutoNormal):
+            guide(x[:1], size=7, index=torch.tensor([0]))
+        data = to_arviz(model, guide, x, num_samples=300, batch_size=1)
+        assert torch.isfinite(tensors(data, "sample_stats")["log_q"]).all()
+
+
+def test_an_improper_prior_is_exported_without_its_prior():
+    def model(x):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    x = torch.randn(5)
+    guide = guides.make("normal", model, x)
+    with pytest.raises(ValueError, match="'prior' needs a program that can be simulated"):
+        to_arviz(model, guide, x, num_samples=5)
+    wanted = ALL_GROUPS - {"prior", "prior_predictive", "constant_data"}
+    data = to_arviz(model, guide, x, num_samples=5, groups=wanted)
+    assert (tensors(data, "log_prior")["mu"] == 0).all()
+
+
+def test_an_argument_named_as_a_plate_keeps_the_plate():
+    def model(data, weights):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=data * weights["w"])
+
+    args = torch.randn(5), {"w": torch.tensor(2.0), "names": ["a"]}
+    data = to_arviz(model, guides.make("normal", model, *args), *args, num_samples=5)
+    assert dims(data, "log_likelihood") == {"x": ("chain", "draw", "data")}
+    assert dims(data, "constant_data") == {"data_arg": ("data",), "weights.w": ()}
+
+
 def test_a_point_mass_is_refused_with_the_way_out():
     x = torch.randn(3)
     for guide in (AutoDelta(programs.two_levels), guides.make("delta", programs.two_levels, x)):

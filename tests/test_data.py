@@ -1,4 +1,4 @@
-"""The loaders: what they return, on fabricated files and, where they are at hand, the real ones."""
+"""The loaders: what they return, on fabricated files and, where they are, on the real ones."""
 
 import dataclasses
 import gzip
@@ -15,13 +15,14 @@ import torch
 
 import zoo
 import zoo.data
-from tests.file_server import cache, server  # noqa: F401
 from zoo.data import binarized_mnist, files
 from zoo.data.dataset import binarize
 from zoo.data.idx import read_idx
 
+pytestmark = pytest.mark.usefixtures("cache_folder")
+
 IMAGES = ("mnist", "fashion_mnist")
-# Read before the fixture below hides them: where this machine may have the real files.
+# Read before a fixture hides them, where this machine may have the real files.
 REAL = {
     name: os.environ[name] for name in ("PYRO_ZOO_DATA", "PYRO_ZOO_CACHE") if name in os.environ
 }
@@ -228,7 +229,7 @@ def real(name: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def real_files(monkeypatch) -> None:
+def real_files(cache_folder, monkeypatch) -> None:
     monkeypatch.delenv("PYRO_ZOO_CACHE")
     for name, folder in REAL.items():
         monkeypatch.setenv(name, folder)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 import zoo.data
-from tests.file_server import Server, cache, nowhere, server, serving  # noqa: F401
+from tests.file_server import Server, nowhere, serving
 from zoo.data import files
 from zoo.data.files import RemoteFile, fetch
 
 CONTENT = b"rows of a data set" * 50
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 def remote(*servers: Server, **options) -> RemoteFile:
@@ -23,14 +25,14 @@ def remote(*servers: Server, **options) -> RemoteFile:
     return RemoteFile(path="set/rows.gz", sha256=SHA256, urls=urls, **options)
 
 
-def kept(cache: Path) -> list[str]:
-    return sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file())
+def kept(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_downloads_once_and_then_reads_the_cache(server, cache) -> None:
+def test_downloads_once_and_then_reads_the_cache(server, cache_folder) -> None:
     (server.folder / "rows.gz").write_bytes(gzip.compress(CONTENT))
     assert fetch(remote(server)) == CONTENT
-    assert kept(cache) == ["set/rows.gz"]
+    assert kept(cache_folder) == ["set/rows.gz"]
     assert fetch(remote(server)) == CONTENT
     assert server.requests == ["/rows.gz"]
 
@@ -58,16 +60,18 @@ def test_a_mirror_of_ones_own(server, monkeypatch) -> None:
     assert server.requests == ["/set/rows.gz"] * 2
 
 
-def test_mirrors_are_tried_in_turn(tmp_path, server, cache) -> None:
+def test_mirrors_are_tried_in_turn(tmp_path, server, cache_folder) -> None:
     (server.folder / "rows.gz").write_bytes(gzip.compress(CONTENT))
     with serving(tmp_path / "broken") as broken, serving(tmp_path / "empty") as empty:
         (broken.folder / "rows.gz").write_bytes(gzip.compress(b"something else"))
         assert fetch(remote(broken, empty, server)) == CONTENT
         assert broken.requests == empty.requests == ["/rows.gz"]
-    assert kept(cache) == ["set/rows.gz"]
+    assert kept(cache_folder) == ["set/rows.gz"]
 
 
-def test_one_error_names_every_failure_and_the_place_for_the_file(tmp_path, server, cache) -> None:
+def test_one_error_names_every_failure_and_the_place_for_the_file(
+    tmp_path, server, cache_folder
+) -> None:
     (server.folder / "rows.gz").write_bytes(gzip.compress(b"something else"))
     with serving(tmp_path / "empty") as empty:
         file = remote(server, empty)
@@ -78,32 +82,32 @@ def test_one_error_names_every_failure_and_the_place_for_the_file(tmp_path, serv
     assert "wrong checksum" in message
     assert "HTTPError (HTTP status 404)" in message
     assert "ConnectionError" in message
-    assert f"Put the file at {cache / 'set' / 'rows.gz'}" in message
+    assert f"Put the file at {cache_folder / 'set' / 'rows.gz'}" in message
     assert "PYRO_ZOO_DATA" in message
     assert SHA256 in message
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
-    assert kept(cache) == []
+    assert kept(cache_folder) == []
 
 
-def test_a_file_put_where_the_error_says_is_found(cache) -> None:
+def test_a_file_put_where_the_error_says_is_found(cache_folder) -> None:
     file = RemoteFile("set/rows.gz", SHA256, (nowhere(),))
     with pytest.raises(FileNotFoundError, match="Put the file at"):
         fetch(file)
-    (cache / "set" / "rows.gz").write_bytes(gzip.compress(CONTENT))
+    (cache_folder / "set" / "rows.gz").write_bytes(gzip.compress(CONTENT))
     assert fetch(file) == CONTENT
 
 
-def test_an_interrupted_download_leaves_nothing(server, cache) -> None:
+def test_an_interrupted_download_leaves_nothing(server, cache_folder) -> None:
     (server.folder / "rows.gz.cut").write_bytes(gzip.compress(CONTENT))
     with pytest.raises(FileNotFoundError, match="could not be downloaded"):
         fetch(remote(server))
-    assert kept(cache) == []
+    assert kept(cache_folder) == []
     (server.folder / "rows.gz.cut").rename(server.folder / "rows.gz")
     assert fetch(remote(server)) == CONTENT
 
 
-def test_ctrl_c_leaves_nothing(server, cache, monkeypatch) -> None:
+def test_ctrl_c_leaves_nothing(server, cache_folder, monkeypatch) -> None:
     import pooch
 
     def interrupted(self, url, output_file, *_):
@@ -114,28 +118,28 @@ def test_ctrl_c_leaves_nothing(server, cache, monkeypatch) -> None:
         patch.setattr(pooch.HTTPDownloader, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch(remote(server))
-    assert kept(cache) == []
+    assert kept(cache_folder) == []
     (server.folder / "rows.gz").write_bytes(gzip.compress(CONTENT))
     assert fetch(remote(server)) == CONTENT
 
 
-def test_a_broken_file_in_the_cache_is_replaced(server, cache) -> None:
-    (cache / "set").mkdir(parents=True)
-    (cache / "set" / "rows.gz").write_bytes(gzip.compress(CONTENT)[:40])
+def test_a_broken_file_in_the_cache_is_replaced(server, cache_folder) -> None:
+    (cache_folder / "set").mkdir(parents=True)
+    (cache_folder / "set" / "rows.gz").write_bytes(gzip.compress(CONTENT)[:40])
     (server.folder / "rows.gz").write_bytes(gzip.compress(CONTENT))
     assert fetch(remote(server)) == CONTENT
-    assert gzip.decompress((cache / "set" / "rows.gz").read_bytes()) == CONTENT
+    assert gzip.decompress((cache_folder / "set" / "rows.gz").read_bytes()) == CONTENT
 
 
 @pytest.mark.parametrize("name", ["rows.gz", "rows"])
-def test_a_data_folder_is_read_first(tmp_path, cache, monkeypatch, name) -> None:
+def test_a_data_folder_is_read_first(tmp_path, cache_folder, monkeypatch, name) -> None:
     folder = tmp_path / "data"
     (folder / "set").mkdir(parents=True)
     raw = gzip.compress(CONTENT) if name.endswith(".gz") else CONTENT
     (folder / "set" / name).write_bytes(raw)
     monkeypatch.setenv("PYRO_ZOO_DATA", str(folder))
     assert fetch(remote()) == CONTENT
-    assert kept(cache) == []
+    assert kept(cache_folder) == []
 
 
 def test_a_data_folder_without_the_file_is_passed_over(tmp_path, server, monkeypatch) -> None:
@@ -156,12 +160,12 @@ def test_a_wrong_file_in_a_data_folder_is_an_error(tmp_path, server, monkeypatch
     assert server.requests == []
 
 
-def test_files_of_a_distribution_and_other_formats(tmp_path, cache) -> None:
+def test_files_of_a_distribution_and_other_formats(tmp_path, cache_folder) -> None:
     path = tmp_path / "packaged.gz"
     path.write_bytes(gzip.compress(CONTENT))
     assert fetch(remote(system=(str(path),))) == CONTENT
-    (cache / "set").mkdir(parents=True)
-    (cache / "set" / "reversed").write_bytes(CONTENT[::-1])
+    (cache_folder / "set").mkdir(parents=True)
+    (cache_folder / "set" / "reversed").write_bytes(CONTENT[::-1])
     alternatives = {"set/reversed": lambda raw: raw[::-1]}
     assert fetch(remote(alternatives=alternatives)) == CONTENT
 

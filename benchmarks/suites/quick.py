@@ -41,7 +41,7 @@ def _task(name: str, make_model: Any, description: str) -> Task:
         budget=_BUDGET,
         description=description,
         about_data=(
-            f"Handwritten digits of 8 × 8 pixels (scikit-learn, 1,797 in all): {len(data.train)} "
+            f"Handwritten digits of 8 x 8 pixels (scikit-learn, 1,797 in all): {len(data.train)} "
             f"to train on, {len(data.test)} drawn at random held out and never trained on."
         ),
         binarization=f"{data.binarization} of the pixels' 17 grey levels scaled to 0 .. 1",
@@ -59,7 +59,7 @@ def vae() -> Task:
         return VAE(x_dim=64, z_dim=8, hidden=(128,), data_mean=data_mean)
 
     text = (
-        "A variational autoencoder’s generative half: 8 standard normal latents a row, a network "
+        "A variational autoencoder's generative half: 8 standard normal latents a row, a network "
         "with one hidden layer of 128 units, 64 Bernoulli pixels."
     )
     return _task("vae", make_model, text)

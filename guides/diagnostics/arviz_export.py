@@ -33,7 +33,8 @@ from guides.diagnostics.constant_data import constant_data
 from guides.diagnostics.export_calls import split_calls
 from guides.diagnostics.export_draws import Assembly, assemble
 from guides.guide import ProgramGuide
-from guides.layout import Layout, Program, layout
+from guides.layout import Layout, layout
+from guides.probe import Program
 
 __all__ = ["to_arrays", "to_arviz"]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from guides.diagnostics.axis_names import Axes
 from guides.diagnostics.export_draws import Assembly
-from guides.layout import Layout, Program
+from guides.layout import Layout
+from guides.probe import Program
 from guides.rows import bind, data_args_of
 
 __all__ = ["constant_data"]
@@ -32,13 +33,12 @@ def constant_data(
     if plate is not None and (data_args or getattr(model, "data_args", None)) and not plate.random:
         stated = data_args_of(model, args, kwargs, read, data_args)
     observed = [value for value, _ in assembly.groups.get("observed_data", {}).values()]
-    taken = {*assembly.names, *(name for name in assembly.groups.get("posterior", {}))}
     for name, value in _arrays(bound):
         if name == "index" or any(_same(value, other) for other in observed):
             continue
         if plate is not None and plate.index is not None and _same(value, plate.index):
             continue
-        label = f"{name}_data" if name in taken else name
+        label = f"{name}_arg" if name in read.plates else name
         axis = stated.get(name)
         if axis is None and plate is not None:
             num_rows = plate.size if plate.random else plate.num_rows

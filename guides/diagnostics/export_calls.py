@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from guides.diagnostics.resimulation import Call
-from guides.layout import Layout, Program, layout
+from guides.layout import Layout, layout
+from guides.probe import Program
 from guides.rows import take_rows
 
 __all__ = ["split_calls"]

@@ -6,7 +6,7 @@ concatenated. What is outside the data plate must not change with the rows, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from guides.diagnostics.axis_names import Axes
 from guides.diagnostics.resimulation import Call, Records, resimulate
-from guides.layout import Layout, Program, unwrap
+from guides.layout import Layout
+from guides.probe import Program
+from guides.supports import unwrap
 
 __all__ = ["Assembly", "assemble"]
 
@@ -93,7 +95,7 @@ def assemble(
             _check_density(drawn, call.layout)
             if len(calls) > 1:
                 _check_rows_are_drawn_in_plate(guide, drawn, call)
-        _share(shared["guide"], drawn, call.layout, skip=drawn.observed)
+        _share(shared["guide"], drawn, _drawn_sites(drawn))
         scored = resimulate(model, call, num_samples, latents, random=False)
         _gather_scores(result, drawn, scored, call)
         for name in observed:
@@ -101,18 +103,18 @@ def assemble(
             result.gather("observed_data", name, scored.values[name][0], axes, call, lead=0)
         if "posterior_predictive" in wanted:
             given = {**latents, **shared["predictive"]}
-            predicted = resimulate(model, call, num_samples, given, simulate=observed)
+            predicted = _simulate(model, call, num_samples, given, "posterior_predictive")
             for name in observed:
                 axes = predicted.axes[name]
                 result.gather("posterior_predictive", name, predicted.values[name], axes, call)
-            _share(shared["predictive"], predicted, call.layout, only=observed)
+            _share(shared["predictive"], predicted, observed)
         if {"prior", "prior_predictive"} & set(wanted):
-            prior = resimulate(model, call, num_samples, shared["prior"], simulate=observed)
+            prior = _simulate(model, call, num_samples, shared["prior"], "prior")
             for name, values in prior.values.items():
                 group = _prior_group(name, prior, call.layout)
                 if group is not None:
                     result.gather(group, name, values, prior.axes[name], call)
-            _share(shared["prior"], prior, call.layout, only={*call.layout.sites, *observed})
+            _share(shared["prior"], prior, {*call.layout.sites, *observed})
     result.finish()
     _total(result)
     return result
@@ -158,7 +160,7 @@ def _check_density(drawn: Records, read: Layout) -> None:
 def _check_rows_are_drawn_in_plate(guide: Callable[..., Any], drawn: Records, call: Call) -> None:
     """Replay what is outside the data plate: rows that do not move are not drawn inside it."""
     shared: dict[str, Tensor] = {}
-    _share(shared, drawn, call.layout, skip=drawn.observed)
+    _share(shared, drawn, _drawn_sites(drawn))
     shared = {name: value[:2] for name, value in shared.items()}
     again = resimulate(guide, call, min(2, next(iter(drawn.values.values())).shape[0]), shared)
     for name, site in call.layout.sites.items():
@@ -172,18 +174,34 @@ def _check_rows_are_drawn_in_plate(guide: Callable[..., Any], drawn: Records, ca
             )
 
 
-def _share(
-    shared: dict[str, Tensor],
-    records: Records,
-    read: Layout,
-    only: Collection[str] | None = None,
-    skip: Collection[str] = (),
-) -> None:
+def _drawn_sites(drawn: Records) -> set[str]:
+    """Sites of a guide that hold its randomness.
+
+    Point masses are left to follow from them: replayed, a value that comes out one rounding error
+    away from the point would have density zero.
+    """
+    points = {name for name, fn in drawn.fns.items() if type(unwrap(fn)).__name__ == "Delta"}
+    return set(drawn.values) - drawn.observed - points
+
+
+def _share(shared: dict[str, Tensor], records: Records, names: Collection[str]) -> None:
     """Keep what was drawn outside the data plate, for replay in the next call."""
-    for name, value in records.values.items():
-        wanted = name not in skip and (only is None or name in only)
-        if wanted and records.axes[name].row is None:
-            shared.setdefault(name, value)
+    for name in names:
+        if records.axes[name].row is None:
+            shared.setdefault(name, records.values[name])
+
+
+def _simulate(
+    model: Program, call: Call, num_samples: int, given: Mapping[str, Tensor], group: str
+) -> Records:
+    try:
+        return resimulate(model, call, num_samples, given, simulate=call.layout.observed)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"The group {group!r} needs a program that can be simulated, but one of its "
+            f"distributions has no sampler: {error or 'NotImplementedError'}. Leave the group "
+            "out (an improper prior has neither prior nor prior_predictive): groups=[...]."
+        ) from error
 
 
 def _gather_scores(result: Assembly, drawn: Records, scored: Records, call: Call) -> None:

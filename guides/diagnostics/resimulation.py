@@ -26,7 +26,9 @@ from torch import Tensor
 
 from guides.diagnostics.axis_names import Axes, site_axes
 from guides.diagnostics.vectorize import vectorize
-from guides.layout import Layout, Program, unwrap
+from guides.layout import Layout
+from guides.probe import Program
+from guides.supports import unwrap
 
 __all__ = ["Call", "Records", "resimulate"]
 
@@ -197,7 +199,8 @@ def _over_draws(
     largest = max([value.numel() for value in first.values.values()], default=1)
     chunk = max(1, min(num_samples, _CHUNK_ELEMENTS // max(largest, 1)))
     # A messenger keeps its trace, in which tensors of vmap must not outlive it.
-    vectorized = num_samples > 1 and not isinstance(poutine.unwrap(program), GuideMessenger)
+    vectorized = chunk >= _NUM_PROBES
+    vectorized = vectorized and not isinstance(poutine.unwrap(program), GuideMessenger)
     if vectorized and random:
         vectorized = _draws_differ(run, first, given)
     parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
+from guides.inference.checks import capture
 
 __all__ = ["Run", "plateau", "run"]
 
@@ -85,16 +88,14 @@ def run(
     if num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {num_steps}.")
     losses: list[float] = []
+    feed = _feed(batches)
     if state is not None:
         losses = list(state["losses"])
-        pyro.get_param_store().set_state(state["params"])
-        loop.optim.set_state(state["optim"])
+        _restore(loop, state, next(feed))
+        feed = _feed(batches)
+        for _ in range(len(losses)):
+            next(feed)
         torch.set_rng_state(state["rng"])
-        if state["loop"] is not None:
-            loop.set_state(state["loop"])
-    feed = _feed(batches)
-    for _ in range(len(losses)):
-        next(feed)
     reason = "num_steps"
     hidden = not progress or not sys.stderr.isatty()
     with tqdm(total=num_steps, initial=len(losses), disable=hidden, leave=False) as bar:
@@ -124,14 +125,35 @@ def _state(loop: Any, losses: list[float]) -> dict[str, Any]:
     getter = getattr(loop, "get_state", None)
     return {
         "losses": list(losses),
-        "params": {
-            "params": {name: store[name].unconstrained().detach().clone() for name in store},
-            "constraints": dict(store.get_state()["constraints"]),
-        },
-        "optim": loop.optim.get_state(),
+        "params": {name: store[name].unconstrained().detach().clone() for name in store},
+        "optim": copy.deepcopy(loop.optim.get_state()),
         "rng": torch.get_rng_state(),
         "loop": None if getter is None else getter(),
     }
+
+
+def _restore(loop: Any, state: Mapping[str, Any], call: tuple[Any, Any]) -> None:
+    """Bring model, guide, optimizer and loop to a saved state."""
+    for program in (loop.model, loop.guide):
+        if program is not None:
+            # Registers the module's own tensors, which are then overwritten in place: a store
+            # that was loaded before would hold tensors that no module uses.
+            capture(program, *call)
+    store = pyro.get_param_store()
+    for name, value in state["params"].items():
+        if name not in store:
+            raise ValueError(
+                f"The state has a parameter {name!r} that this model and guide do not have. "
+                f"Parameters here: {', '.join(store) or 'none'}. Resume with the model and guide "
+                "that made the state, built under the same names (name=)."
+            )
+        with torch.no_grad():
+            store[name].unconstrained().copy_(value)
+    # An optimizer takes a saved state only for parameters that it has not seen.
+    loop.optim.optim_objs.clear()
+    loop.optim.set_state(copy.deepcopy(state["optim"]))
+    if state["loop"] is not None:
+        loop.set_state(state["loop"])
 
 
 def _feed(batches: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

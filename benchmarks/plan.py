@@ -1,0 +1,248 @@
+"""Plan: every run that a command asks for, with all that is known before it starts."""
+
+from __future__ import annotations
+
+import ast
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.digest import closure, code_digest
+from benchmarks.methods import Method, as_method, as_methods
+from benchmarks.provenance import machine, versions
+from benchmarks.records import run_key
+from benchmarks.suites import SUITES
+from benchmarks.task import Task, load_tasks
+
+__all__ = ["Plan", "command_record", "plan", "plans_of", "shared_key", "task_record"]
+
+_DECIDING = ("python", "torch", "pyro", "numpy", "zuko")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run to be made.
+
+    Args:
+        task: The task, its budget included.
+        method: The method.
+        regime: `joint` or `frozen`.
+        seed: The seed.
+        key: Finds the run again among records.
+        digest: Digest of the code it runs.
+        modules: The modules behind that digest.
+    """
+
+    task: Task
+    method: Method
+    regime: str
+    seed: int
+    key: str
+    digest: str
+    modules: tuple[str, ...] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """What progress calls it."""
+        return f"{self.task.name} {self.regime} {self.method.name} seed {self.seed}"
+
+    def header(self) -> dict[str, Any]:
+        """The part of the record that is known before the run."""
+        return {
+            "kind": "run",
+            "key": self.key,
+            "task": self.task.name,
+            "model": self.task.model_name or self.task.name,
+            "regime": self.regime,
+            "method": self.method.name,
+            "family": self.method.family,
+            "scheme": self.method.scheme,
+            "loop": self.method.loop_name,
+            "seed": self.seed,
+            "config": {**self.task.budget.as_config(), "method": self.method.as_config()},
+            "digest": self.digest,
+            **({"note": self.method.note} if self.method.note else {}),
+        }
+
+
+def _roots(source: str | None, method: Method) -> tuple[list[str], list[Path]]:
+    """Where the walk over imports starts, and the user's own file."""
+    roots = ["benchmarks.worker"]
+    files: list[Path] = []
+    if source in SUITES:
+        roots.append(SUITES[source])
+    elif source is not None:
+        path = Path(source).resolve()
+        files.append(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                roots.append(node.module)
+                roots.extend(f"{node.module}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Import):
+                roots.extend(alias.name for alias in node.names)
+    if method.grid is not None:
+        import guides
+
+        entry: Any = guides.GUIDES[method.grid]
+        roots.extend([entry] if isinstance(entry, str) else entry)
+    return roots, files
+
+
+def _digest(source: str | None, method: Method) -> tuple[str, tuple[str, ...]]:
+    roots, files = _roots(source, method)
+    modules = closure(roots)
+    return code_digest(modules, files), (*modules, *(f"file:{path.name}" for path in files))
+
+
+def _used_versions() -> dict[str, str]:
+    return {name: number for name, number in versions().items() if name in _DECIDING}
+
+
+def shared_key(item: Plan, source: str | None) -> str:
+    """Return the key of the model that a frozen run shares with the others of its seed."""
+    task = item.task
+    digest, _ = _digest(source, as_method(task.decoder_guide))
+    return run_key(
+        task=task.name,
+        seed=item.seed,
+        guide=task.decoder_guide,
+        options=repr(task.guide_options.get(task.decoder_guide)),
+        budget=task.budget.as_config(),
+        digest=digest,
+        versions=_used_versions(),
+    )
+
+
+def plans_of(
+    task: Task,
+    source: str | None,
+    *,
+    seeds: int,
+    methods: Iterable[str] | None = None,
+    regimes: Iterable[str] | None = None,
+) -> list[Plan]:
+    """Return every run of one task.
+
+    Args:
+        task: The task.
+        source: The suite or file it comes from; None for one made in this process.
+        seeds: Number of seeds, counted from 0.
+        methods: Methods to keep, all by default.
+        regimes: Regimes to keep, all by default.
+    """
+    from benchmarks.execute import regimes_of
+
+    used = _used_versions()
+    plans = []
+    found = as_methods(task.guides, task.loops, model=task.model, options=task.guide_options)
+    for regime in regimes_of(task):
+        if regimes is not None and regime not in regimes:
+            continue
+        for method in found:
+            if methods is not None and method.name not in methods:
+                continue
+            digest, modules = _digest(source, method)
+            for seed in range(seeds):
+                key = run_key(
+                    task=task.name,
+                    regime=regime,
+                    method=method.as_config(),
+                    seed=seed,
+                    budget=task.budget.as_config(),
+                    shared=task.decoder_guide if regime == "frozen" else None,
+                    evidence=task.evidence_guide,
+                    digest=digest,
+                    versions=used,
+                )
+                plans.append(Plan(task, method, regime, seed, key, digest, modules))
+    # All methods of the first seed come first, so that an early stop leaves a fair comparison.
+    return sorted(plans, key=lambda item: item.seed)
+
+
+def plan(
+    source: str,
+    *,
+    seeds: int,
+    budget: str = "full",
+    models: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    regimes: Sequence[str] | None = None,
+) -> list[Plan]:
+    """Return every run that a command asks for.
+
+    Args:
+        source: A suite or a task file.
+        seeds: Number of seeds, counted from 0.
+        budget: `full`, `demo` or `smoke`.
+        models: Tasks to keep, all by default.
+        methods: Methods to keep, all by default.
+        regimes: Regimes to keep, all by default.
+
+    Raises:
+        ValueError: For names that nothing has, or a choice that leaves nothing.
+    """
+    loaded = load_tasks(source, models)
+    tasks = [replace(task, budget=task.budget.scaled(budget)) for task in loaded]
+    known = {
+        method.name
+        for task in tasks
+        for method in as_methods(task.guides, task.loops, model=task.model)
+    }
+    for name in methods or ():
+        if name not in known:
+            raise ValueError(
+                f"No method is called '{name}'. There are: {', '.join(sorted(known))}."
+            )
+    plans = [
+        item
+        for task in tasks
+        for item in plans_of(task, source, seeds=seeds, methods=methods, regimes=regimes)
+    ]
+    if not plans:
+        raise ValueError("Nothing is left to run: no task has such a regime.")
+    return sorted(plans, key=lambda item: item.seed)
+
+
+def task_record(task: Task, source: str | None, regimes: Iterable[str]) -> dict[str, Any]:
+    """Return what a report says about a task."""
+
+    def shapes(args: Iterable[Any]) -> list[list[int]]:
+        return [list(value.shape) for value in args if hasattr(value, "shape")]
+
+    return {
+        "kind": "task",
+        "name": task.name,
+        "source": source if source is None or source in SUITES else Path(source).name,
+        "model": task.model_name or task.name,
+        "description": task.description,
+        "about_data": task.about_data,
+        "binarization": task.binarization,
+        "training_shapes": shapes((*task.args, *task.kwargs.values())),
+        "held_out_shapes": shapes((*(task.held_out or ()), *task.held_out_kwargs.values())),
+        "scored": task.scored_rows,
+        "regimes": list(regimes),
+        "decoder_guide": task.decoder_guide,
+        "evidence_guide": task.evidence_guide,
+        "baseline": task.baseline,
+        "expected_order": list(task.expected_order),
+        "budget": task.budget.as_config(),
+        "image_shape": list(task.image_shape) if task.image_shape else None,
+    }
+
+
+def command_record(
+    plans: Iterable[Plan], command: Sequence[str], budget: str, jobs: int
+) -> dict[str, Any]:
+    """Return how the runs were started, and which modules their digests cover."""
+    return {
+        "kind": "command",
+        "command": shlex.join(command),
+        "budget": budget,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine(jobs),
+        "digests": {item.digest: list(item.modules) for item in plans},
+    }
