@@ -34,7 +34,7 @@ def hierarchical_regression(x: Tensor, group: Tensor, y: Tensor | None = None) -
     level = pyro.sample("level", dist.Normal(0.0, 2.0))
     spread = pyro.sample("spread", dist.HalfNormal(1.0))
     noise = pyro.sample("noise", dist.HalfNormal(1.0))
-    with pyro.plate("groups", 10):
+    with pyro.plate("groups", 16):
         offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
     mean = level + spread * offset[group] + slope * (x @ weights)
     with pyro.plate("data", len(x)):
@@ -59,14 +59,13 @@ def gamma_poisson(counts: Tensor, size: int | None = None, index: Tensor | None 
 def random_effects(
     dose: Tensor, y: Tensor | None = None, size: int | None = None, index: Tensor | None = None
 ) -> Tensor:
-    """A logistic dose response with an effect of its own for every subject, 20 trials each."""
+    """A logistic dose response with a level of its own for every subject, 50 trials each."""
     effect = pyro.sample("effect", dist.Normal(0.0, 1.5))
     base = pyro.sample("base", dist.Normal(0.0, 1.5))
     spread = pyro.sample("spread", dist.LogNormal(-0.5, 0.5))
     with pyro.plate("subjects", size or len(dose), subsample=index):
-        own = pyro.sample("own", dist.Normal(0.0, 1.0))
-        logits = base + effect * dose + spread * own
-        return pyro.sample("y", dist.Binomial(20, logits=logits), obs=y)
+        own = pyro.sample("own", dist.Normal(base + effect * dose, spread))
+        return pyro.sample("y", dist.Binomial(50, logits=own), obs=y)
 
 
 def _simulate(model: Callable[..., Any], *args: Any, **fixed: Tensor) -> Tensor:
@@ -78,12 +77,12 @@ def _simulate(model: Callable[..., Any], *args: Any, **fixed: Tensor) -> Tensor:
 def _hierarchical_regression() -> Program:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(80, 3, generator=generator)
-    group = torch.arange(80) % 10
+    group = torch.arange(80) % 16
     truth = {
         "weights": torch.tensor([0.6, 0.3, 0.1]),
         "slope": torch.tensor(1.5),
         "level": torch.tensor(0.5),
-        "spread": torch.tensor(0.7),
+        "spread": torch.tensor(1.0),
         "noise": torch.tensor(0.5),
     }
     with torch.random.fork_rng(), torch.no_grad():
@@ -102,10 +101,9 @@ def _gamma_poisson() -> Program:
 
 def _random_effects() -> Program:
     generator = torch.Generator().manual_seed(3)
-    dose = torch.linspace(-1.5, 1.5, 30)
-    own = torch.randn(30, generator=generator)
-    logits = 0.3 + 1.2 * dose + 0.6 * own
-    y = torch.distributions.Binomial(20, logits=logits).mean.round()
+    dose = torch.linspace(-1.5, 1.5, 40)
+    logits = 0.3 + 1.2 * dose + 0.8 * torch.randn(40, generator=generator)
+    y = torch.binomial(torch.full((40,), 50.0), torch.sigmoid(logits), generator=generator)
     return Program(random_effects, (dose, y), ("effect", "base", "spread"), ("own",))
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 
-import guides
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guides.energy import LogJoint
-from guides.inference import PredictiveCoding, laplace
-from guides.inference.laplace_guide import hessian
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+
+import guides
+from guides.energy import LogJoint
+from guides.inference import PredictiveCoding, laplace
+from guides.inference.laplace_guide import hessian
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -35,9 +36,7 @@ class Decoder(PyroModule):
             pyro.sample("x", dist.Normal(self.bottom(torch.tanh(z1)), 0.5).to_event(1), obs=x)
 
 
-def globals_and_locals(
-    x: Tensor, size: int | None = None, index: Tensor | None = None
-) -> None:
+def globals_and_locals(x: Tensor, size: int | None = None, index: Tensor | None = None) -> None:
     """A Gaussian tree with a non-Gaussian global scale; conditionally simple, jointly coupled."""
     mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     rate = pyro.sample("rate", dist.Gamma(3.0, 2.0))
@@ -222,15 +221,15 @@ def test_hessian_blocks_need_no_batching_rules() -> None:
             return z**3
 
         @staticmethod
-        def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        def setup_context(ctx, inputs, output) -> None:
             ctx.save_for_backward(*inputs)
 
         @staticmethod
-        def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+        def backward(ctx, grad: Tensor) -> Tensor:
             (z,) = ctx.saved_tensors
             return 3 * z**2 * grad
 
-    def program(x: Tensor, cube) -> None:  # noqa: ANN001
+    def program(x: Tensor, cube) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(cube(z).sum(-1), 1.0), obs=x)
