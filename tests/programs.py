@@ -68,12 +68,6 @@ def random_effects(
         return pyro.sample("y", dist.Binomial(50, logits=own), obs=y)
 
 
-def _simulate(model: Callable[..., Any], *args: Any, **fixed: Tensor) -> Tensor:
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(7)
-        return poutine.uncondition(poutine.condition(model, fixed))(*args)
-
-
 def _hierarchical_regression() -> Program:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(80, 3, generator=generator)

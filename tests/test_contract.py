@@ -85,8 +85,9 @@ def test_a_loop_runs_the_pair(model_name: str, guide_name: str, loop_name: str) 
     before = {
         k: {n: p.detach().clone() for n, p in m.named_parameters()} for k, m in modules.items()
     }
-    loss = loop.step(*args)
-    assert isinstance(loss, float)
+    # A weight that multiplies a latent at exactly zero moves from the second step on.
+    losses = [loop.step(*args) for _ in range(3)]
+    assert all(isinstance(loss, float) for loss in losses)
     learns = {"svi": ("model", "guide"), "predictive_coding": ("model",)}[loop_name]
     for role, module in modules.items():
         moved = [n for n, p in module.named_parameters() if not torch.equal(p, before[role][n])]
@@ -112,13 +113,15 @@ def test_draws_and_densities_agree_with_pyros_trace(model_name: str, guide_name:
     draws = draw(model, guide, args, num_samples=3)
     for s in range(3):
         values = {name: value[s] for name, value in draws.values.items()}
-        trace = poutine.trace(poutine.condition(model, values)).get_trace(*args)
+        with torch.no_grad():
+            trace = poutine.trace(poutine.condition(model, values)).get_trace(*args)
+            expected = float(trace.log_prob_sum())
         log_p = draws.log_p_rows[s].sum() + draws.log_p_global[s]
-        assert float(log_p) == pytest.approx(float(trace.log_prob_sum()), rel=1e-4, abs=1e-3)
+        assert float(log_p) == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
 def relaxed(model: Any, args: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    pc = guides.inference.PredictiveCoding(model, pyro.optim.Adam({}), num_steps=500)
+    pc = guides.inference.PredictiveCoding(model, pyro.optim.Adam({}), num_steps=100)
     return pc.infer(*args)
 
 

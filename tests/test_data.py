@@ -21,6 +21,7 @@ from zoo.data.idx import read_idx
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
 
+ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ("mnist", "fashion_mnist")
 # Read before a fixture hides them, where this machine may have the real files.
 REAL = {
@@ -205,7 +206,7 @@ def test_importing_data_loads_nothing() -> None:
         "assert not {'torch', 'numpy', 'sklearn', 'pooch'} & set(sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

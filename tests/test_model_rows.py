@@ -5,6 +5,7 @@ import math
 import pyro
 import pytest
 import torch
+from pyro import poutine
 
 import zoo
 from tests.model_cases import MODEL_CASES
@@ -81,3 +82,16 @@ def test_shapes_are_checked_with_validation_off() -> None:
     model = MODEL_CASES["vae"].build()
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="index has 1 numbers"):
         model(torch.zeros(3, 4), size=7, index=torch.tensor([1]))
+
+
+def test_values_are_not_read_with_validation_off() -> None:
+    """Under torch.func transforms of the data there are no values to read."""
+    model = MODEL_CASES["vae"].build()
+    x, z = torch.bernoulli(torch.full((3, 5, 4), 0.5)), torch.randn(5, 2)
+
+    def log_joint(x):
+        return poutine.trace(poutine.condition(model, {"z": z})).get_trace(x).log_prob_sum()
+
+    expected = torch.stack([log_joint(part) for part in x])
+    with pyro.validation_enabled(False):
+        torch.testing.assert_close(torch.func.vmap(log_joint)(x), expected)

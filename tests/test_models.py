@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -23,6 +24,7 @@ from tests.model_cases import MODEL_CASES, ModelCase, simulate
 from zoo.likelihood import make_likelihood
 from zoo.model import Model, latent_names
 
+ROOT = Path(__file__).resolve().parents[1]
 BUILDS: dict[str, tuple[ModelCase, Callable[[], Any]]] = {
     name if variant is None else f"{name}: {variant}": (case, build)
     for name, case in MODEL_CASES.items()
@@ -279,6 +281,8 @@ def test_two_models_trained_in_one_scope_do_not_share_parameters(request, case) 
         assert all((moved[name] != value).any() for name, value in started.items())
         if trained is first:
             assert all(second.state_dict()[n].equal(value) for n, value in before.items())
+    stored = {value.unconstrained() for value in pyro.get_param_store().values()}
+    assert {*first.parameters(), *second.parameters()} <= stored
 
 
 @pytest.mark.usefixtures("float64")
@@ -419,6 +423,6 @@ def test_importing_the_package_loads_no_torch() -> None:
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pyro
@@ -132,7 +133,7 @@ def test_global_latents_persist_and_local_ones_do_not() -> None:
     x = torch.randn(12) + 2
     pc = PredictiveCoding(globals_and_locals, pyro.optim.SGD({}), num_steps=5)
     energies = [pc.step(x) for _ in range(6)]
-    assert all(b < a for a, b in zip(energies, energies[1:], strict=False))
+    assert all(b < a for a, b in itertools.pairwise(energies))
     state = copy.deepcopy(pc.get_state())
     assert set(state["globals"]) == {"mean", "rate"}
     pc.evaluate_loss(x)
