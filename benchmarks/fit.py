@@ -79,7 +79,9 @@ def make_optim(budget: Budget, num_steps: int, *, local: Callable[[str], bool]) 
 
     def options(name: str) -> dict[str, float]:
         lr = budget.local_lr if local(name) else budget.lr
-        return {"lr": lr, "lrd": decay, "clip_norm": 1e4}
+        import os
+        wd = float(os.environ.get("WD", "0")) if not name.startswith("guide") else 0.0
+        return {"lr": lr, "lrd": decay, "clip_norm": 1e4, "weight_decay": wd}
 
     return pyro.optim.ClippedAdam(options)
 

@@ -9,11 +9,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+)
 from pyro.infer.reparam import LocScaleReparam
 
 import guides
-from guides.diagnostics import to_arviz
+from guides.diagnostics import resimulation, to_arviz
 from guides.diagnostics.arviz_export import to_arrays
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding, laplace
@@ -675,6 +680,28 @@ def test_vectorized_draws_follow_their_distribution(name):
         assert_mean((draws - fn.mean) ** 2, fn.variance.double())
         pair = (draws[:, 0] - fn.mean) * (draws[:, 1] - fn.mean)
         assert_mean(pair, 0.0)
+
+
+def test_draws_taken_in_chunks_are_those_taken_at_once(monkeypatch):
+    monkeypatch.setattr(resimulation, "_CHUNK_ELEMENTS", 8 * 7)
+    x = torch.randn(7) + 1
+    guide = programs.TwoLevelsExact(x)
+    data = to_arviz(programs.two_levels, guide, x, num_samples=27, batch_size=7)
+    posterior, stats = tensors(data, "posterior"), tensors(data, "sample_stats")
+    torch.testing.assert_close(
+        tensors(data, "log_likelihood")["x"],
+        programs.normal_log_density(x, posterior["z"], programs.SIGMA),
+    )
+    evidence = programs.two_levels_evidence(x).expand(27)
+    torch.testing.assert_close(stats["lp"] - stats["log_q"], evidence, atol=1e-9, rtol=0)
+    assert (posterior["mu"].diff() != 0).all()
+
+
+def test_no_tensor_of_vmap_stays_behind_in_a_messenger():
+    x = torch.randn(7)
+    guide = AutoNormalMessenger(programs.two_levels)
+    to_arviz(programs.two_levels, guide, x, num_samples=20)
+    assert math.isfinite(guide.trace.nodes["mu"]["value"].item())
 
 
 # Options and errors

@@ -8,7 +8,10 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+
+from guides.supports import feasible, unwrap
 
 __all__ = ["capture", "check_ownership", "warn_frozen"]
 
@@ -18,13 +21,21 @@ def capture(
 ) -> dict[str, Tensor]:
     """Unconstrained parameters that a program touches, by name; nothing else is disturbed."""
     with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-        with poutine.trace(param_only=True) as trace:
+        with poutine.trace(param_only=True) as trace, _ImproperPriors():
             program(*args, **kwargs)
     return {
         name: site["value"].unconstrained()
         for name, site in trace.trace.nodes.items()
         if site["type"] == "param"
     }
+
+
+class _ImproperPriors(Messenger):
+    """Give sites that have no sampler a value."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["value"] is None and type(unwrap(msg["fn"])).__name__ == "ImproperUniform":
+            msg["value"] = feasible(msg["name"], msg["fn"], 0.0)
 
 
 def check_ownership(
