@@ -23,14 +23,16 @@ DENSITIES: dict[str, Any] = {
 }
 
 
-def randomized(name: str, size: int, batch: int = 4) -> tuple[Family, torch.Tensor]:
+def randomized(
+    name: str, size: int, batch: int = 4, strength: float = 200.0
+) -> tuple[Family, torch.Tensor]:
     """A family away from its start: large parameters, strongly bent splines."""
     torch.manual_seed(size)
     family = DENSITIES[name](size)
     with torch.no_grad():
         for path, parameter in family.named_parameters():
             # Last layers start near zero; this brings them past the usual initialization.
-            parameter.mul_(200 if ".2." in path or "phi" in path else 1)
+            parameter.mul_(strength if ".2." in path or "phi" in path else 1)
     lam = torch.randn(batch, family.num_params)
     lam[..., : 2 * size] *= 0.7
     return family, lam
@@ -53,7 +55,8 @@ def test_draws_carry_the_density_of_their_points(name: str, size: int) -> None:
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_the_density_integrates_to_one(name: str) -> None:
-    family, lam = randomized(name, 2, batch=1)
+    # A grid sees only densities without spikes; the Jacobian test bends the splines harder.
+    family, lam = randomized(name, 2, batch=1, strength=40.0)
     draws = family.rsample_and_log_prob(lam[0], (20_000,))[0].detach()
     low, high = draws.amin(0) - 1.0, draws.amax(0) + 1.0
     axes = [torch.linspace(float(a), float(b), 900) for a, b in zip(low, high, strict=True)]
