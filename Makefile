@@ -52,8 +52,7 @@ docs: $(VENV)/.dev  ## run every code block of the README and docs/, and every d
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_docs.py
 
 reference: $(VENV)/.dev  ## the API reference from the docstrings, into build/reference/
-	@$(BIN)/python -W error::UserWarning -m pdoc --docformat google --math -o build/reference ./zoo ./guides ./benchmarks
-	@echo "build/reference/index.html"
+	@$(BIN)/python docs/reference.py build/reference
 
 tables: $(VENV)/.dev  ## write the README's tables again from the registries and the committed records
 	@$(BIN)/python docs/tables.py

@@ -70,10 +70,10 @@ def random_effects(
 
 def _hierarchical_regression() -> Program:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(80, 3, generator=generator)
+    x = torch.randn(80, 3, generator=generator, dtype=torch.float32)
     group = torch.arange(80) % 16
     truth = {
-        "weights": torch.tensor([0.6, 0.3, 0.1]),
+        "weights": torch.tensor([0.6, 0.3, 0.1], dtype=torch.float32),
         "slope": torch.tensor(1.5),
         "level": torch.tensor(0.5),
         "spread": torch.tensor(1.0),
@@ -88,16 +88,16 @@ def _hierarchical_regression() -> Program:
 
 def _gamma_poisson() -> Program:
     generator = torch.Generator().manual_seed(2)
-    z = 0.2 + 2 * torch.rand(30, 2, generator=generator)
+    z = 0.2 + 2 * torch.rand(30, 2, generator=generator, dtype=torch.float32)
     counts = torch.poisson(z @ ANCHORS, generator=generator)
     return Program(gamma_poisson, (counts,), ("loadings",), ("z",))
 
 
 def _random_effects() -> Program:
     generator = torch.Generator().manual_seed(3)
-    dose = torch.linspace(-1.5, 1.5, 40)
-    logits = 0.3 + 1.2 * dose + 0.8 * torch.randn(40, generator=generator)
-    y = torch.binomial(torch.full((40,), 50.0), torch.sigmoid(logits), generator=generator)
+    dose = torch.linspace(-1.5, 1.5, 40, dtype=torch.float32)
+    logits = 0.3 + 1.2 * dose + 0.8 * torch.randn(40, generator=generator, dtype=torch.float32)
+    y = torch.binomial(torch.full((40,), 50.0, dtype=torch.float32), torch.sigmoid(logits), generator=generator)
     return Program(random_effects, (dose, y), ("effect", "base", "spread"), ("own",))
 
 

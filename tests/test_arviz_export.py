@@ -697,6 +697,18 @@ def test_draws_taken_in_chunks_are_those_taken_at_once(monkeypatch):
     assert (posterior["mu"].diff() != 0).all()
 
 
+def test_programs_that_allow_it_are_vectorized():
+    runs = []
+
+    def model(x):
+        runs.append(len(runs))
+        programs.one_mean(x)
+
+    to_arviz(model, programs.one_mean_exact, torch.randn(3), num_samples=500)
+    # The layout, and for scores, predictions and prior one plain, one probing and one full run.
+    assert len(runs) < 15
+
+
 def test_no_tensor_of_vmap_stays_behind_in_a_messenger():
     x = torch.randn(7)
     guide = AutoNormalMessenger(programs.two_levels)

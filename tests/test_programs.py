@@ -72,7 +72,7 @@ def test_full_covariance_means_agree_with_nuts(program: Program) -> None:
     SVI(program.model, guide, optim, Trace_ELBO(num_particles=4)).run(steps, (args, {}))
     values = draw(program.model, guide, args, num_samples=4000).values
     kernel = NUTS(program.model, target_accept_prob=0.8)
-    mcmc = MCMC(kernel, num_samples=800, warmup_steps=400, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=500, warmup_steps=250, disable_progbar=True)
     with pyro.validation_enabled(False):
         mcmc.run(*args)
     reference = mcmc.get_samples()
