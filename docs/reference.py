@@ -39,6 +39,8 @@ def write(folder: Path) -> Path:
     pdoc.render.configure(docformat="google", math=True, footer_text="pyro-zoo")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as a module that cannot be imported
+        # Names that a module imports for its annotations only are not there to be linked to.
+        warnings.filterwarnings("ignore", "Error parsing type annotation", UserWarning)
         pdoc.pdoc(*PACKAGES, output_directory=folder)
     return folder / "index.html"
 

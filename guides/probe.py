@@ -36,7 +36,7 @@ class Probe(Messenger):
         name = msg["name"]
         if site_is_subsample(msg):
             explicit = msg["value"] is not None
-            random = not explicit and not is_full(msg["fn"])
+            random = not explicit and not _is_full(msg["fn"])
             if random and name in self.indices:
                 msg["value"] = self.indices[name]
             self.subsamples[name] = (msg, explicit, random)
@@ -50,7 +50,7 @@ class Probe(Messenger):
             self.sites[msg["name"]] = msg.copy()
 
 
-def is_full(fn: Any) -> bool:
+def _is_full(fn: Any) -> bool:
     return fn.subsample_size is None or fn.subsample_size >= fn.size
 
 

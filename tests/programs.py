@@ -64,8 +64,11 @@ def random_effects(
     base = pyro.sample("base", dist.Normal(0.0, 1.5))
     spread = pyro.sample("spread", dist.LogNormal(-0.5, 0.5))
     with pyro.plate("subjects", size or len(dose), subsample=index):
-        own = pyro.sample("own", dist.Normal(base + effect * dose, spread))
-        return pyro.sample("y", dist.Binomial(50, logits=own), obs=y)
+        # Standardized: in the other form the joint mode lies at spread = 0, where point estimates
+        # of the subjects collapse.
+        own = pyro.sample("own", dist.Normal(0.0, 1.0))
+        logits = base + effect * dose + spread * own
+        return pyro.sample("y", dist.Binomial(50, logits=logits), obs=y)
 
 
 def _hierarchical_regression() -> Program:
@@ -97,7 +100,9 @@ def _random_effects() -> Program:
     generator = torch.Generator().manual_seed(3)
     dose = torch.linspace(-1.5, 1.5, 40, dtype=torch.float32)
     logits = 0.3 + 1.2 * dose + 0.8 * torch.randn(40, generator=generator, dtype=torch.float32)
-    y = torch.binomial(torch.full((40,), 50.0, dtype=torch.float32), torch.sigmoid(logits), generator=generator)
+    y = torch.binomial(
+        torch.full((40,), 50.0, dtype=torch.float32), torch.sigmoid(logits), generator=generator
+    )
     return Program(random_effects, (dose, y), ("effect", "base", "spread"), ("own",))
 
 

@@ -9,6 +9,7 @@ import doctest
 import importlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pyro
 import pytest
 
+import benchmarks.__main__ as command_line
 from tests.test_public_api import MODULES, ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -141,6 +143,16 @@ def test_make_targets_in_the_text_exist() -> None:
         told = set(re.findall(r"`make ([a-z-]+)", text))
         told |= set(re.findall(r"^make ([a-z-]+)", text, flags=re.MULTILINE))
         assert told <= targets, f"{page_id(path)} tells of {told - targets}"
+
+
+def test_command_lines_in_the_text_are_accepted() -> None:
+    """Every ``pyro-zoo`` command that a page or the Makefile tells is one that it parses."""
+    parser = command_line._parser()
+    told = re.compile(r"(?:python -m benchmarks|`pyro-zoo) ((?:list|run|report)[^`\n#]*)")
+    for path in [*PAGES, ROOT / "Makefile"]:
+        for line in told.findall(path.read_text(encoding="utf-8")):
+            options = parser.parse_args(shlex.split(line))
+            assert options.command in ("list", "run", "report")
 
 
 def test_generated_tables_are_current() -> None:

@@ -64,9 +64,13 @@ def test_predictive_coding_fits(program: Program) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_full_covariance_means_agree_with_nuts(program: Program) -> None:
-    """Means of the global latents within a quarter of a posterior standard deviation."""
+    """Means of the global latents within a quarter of a posterior standard deviation.
+
+    One group holds everything, so that the covariance of global and local latents is represented:
+    factorized over the two groups, the loadings of the factor model are off by up to 0.41.
+    """
     args = tuple(a.double() if a.is_floating_point() else a for a in program.args)
-    guide = guides.make("multivariate_normal", program.model, *args)
+    guide = guides.make("multivariate_normal", program.model, *args, data_plate=None)
     steps = 3000
     optim = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.01 ** (1 / steps)})
     SVI(program.model, guide, optim, Trace_ELBO(num_particles=4)).run(steps, (args, {}))

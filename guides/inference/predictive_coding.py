@@ -99,7 +99,7 @@ class PredictiveCoding:
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> pc = PredictiveCoding(model, pyro.optim.Adam({"lr": 0.01}), num_steps=50)
-        >>> pc.infer(torch.tensor([0.0, 2.0]))["z"]
+        >>> pc.infer(torch.tensor([0.0, 2.0]))["z"].round(decimals=4)
         tensor([0., 1.])
     """
 

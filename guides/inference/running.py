@@ -13,8 +13,6 @@ import pyro
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-
 from guides.inference.checks import capture
 
 __all__ = ["Run", "plateau", "run"]
@@ -88,6 +86,8 @@ def run(
     if num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {num_steps}.")
     losses: list[float] = []
+    from tqdm.auto import tqdm
+
     feed = _feed(batches)
     if state is not None:
         losses = list(state["losses"])
