@@ -19,6 +19,9 @@ class Budget:
         batch_size: Rows of one update for guides that can be told their rows; None for all rows.
         lr: Step size of network weights and of the model's parameters.
         local_lr: Step size of free parameters, one set a row or one in all.
+        weight_decay: Precision of a Gaussian prior on the model's parameters, the same for every
+            method. Points need it: the joint density of latents and weights has no maximum
+            where latents can shrink while weights grow.
         lr_decay: Step sizes fall geometrically to this fraction at the last update.
         relaxation_steps: Gradient steps of predictive coding on the latents in one update.
         inference_steps: Gradient steps of predictive coding where it is only asked for a
@@ -40,6 +43,7 @@ class Budget:
     batch_size: int | None = None
     lr: float = 0.005
     local_lr: float = 0.05
+    weight_decay: float = 0.0
     lr_decay: float = 0.05
     relaxation_steps: int = 20
     inference_steps: int = 500
@@ -53,7 +57,7 @@ class Budget:
         for name, value in asdict(self).items():
             if name == "batch_size" and value is None:
                 continue
-            if value <= 0:
+            if value < 0 or (value == 0 and name != "weight_decay"):
                 raise ValueError(f"Budget.{name} must be positive, got {value}.")
 
     def scaled(self, name: str) -> Budget:
@@ -66,7 +70,12 @@ class Budget:
         if name == "full":
             return self
         if name == "demo":
-            return replace(self, num_steps=max(1, self.num_steps * 2 // 5))
+            return replace(
+                self,
+                num_steps=max(1, self.num_steps * 2 // 5),
+                inference_steps=max(1, self.inference_steps // 2),
+                num_evidence_samples=min(self.num_evidence_samples, 1000),
+            )
         if name == "smoke":
             return replace(
                 self,

@@ -195,7 +195,9 @@ def _proposal(
         return None, "the method's own draws"
     proposer = as_method(name, options=bench.task.guide_options)
     guide = bench.guide(proposer, program, bench.scored)
-    bench.run_fit(proposer, program, guide, bench.scored, "evidence", watch=None)
+    # A proposal need not be as good as a posterior: K draws make up for half the updates.
+    steps = max(1, bench.budget.num_steps // 2)
+    bench.run_fit(proposer, program, guide, bench.scored, "evidence", watch=None, num_steps=steps)
     return guide, f"draws of a {name} guide fitted to each model"
 
 

@@ -67,21 +67,30 @@ def parameters_of(model: Program, call: Call) -> set[str]:
     return {name for name, node in trace.nodes.items() if node["type"] == "param"}
 
 
-def make_optim(budget: Budget, num_steps: int, *, local: Callable[[str], bool]) -> Any:
-    """Return Adam whose step sizes fall geometrically, with a larger one for free parameters.
+def make_optim(
+    budget: Budget,
+    num_steps: int,
+    *,
+    model: Callable[[str], bool] = lambda name: False,
+    local: Callable[[str], bool] = lambda name: False,
+) -> Any:
+    """Return Adam whose step sizes fall geometrically.
 
     Args:
-        budget: Step sizes and their decay.
-        num_steps: Updates over which they fall.
-        local: Whether a parameter, by name, is free rather than a network's weight.
+        budget: Step sizes, their decay, and the weight decay of the model's parameters.
+        num_steps: Updates over which step sizes fall.
+        model: Whether a parameter, by name, is the model's.
+        local: Whether it is free, one set a row or one in all, rather than a network's weight.
     """
     decay = budget.lr_decay ** (1 / max(1, num_steps))
 
     def options(name: str) -> dict[str, float]:
-        lr = budget.local_lr if local(name) else budget.lr
-        import os
-        wd = float(os.environ.get("WD", "0")) if not name.startswith("guide") else 0.0
-        return {"lr": lr, "lrd": decay, "clip_norm": 1e4, "weight_decay": wd}
+        return {
+            "lr": budget.local_lr if local(name) else budget.lr,
+            "lrd": decay,
+            "clip_norm": 1e4,  # a guard against overflow; gradients are sums over rows
+            "weight_decay": budget.weight_decay if model(name) else 0.0,
+        }
 
     return pyro.optim.ClippedAdam(options)
 

@@ -47,7 +47,14 @@ class Workbench:
         args, kwargs = call
         return method.make_guide(program, args, kwargs, data_plate=self.task.data_plate)
 
-    def loop(self, method: Method, program: Program, guide: Program | None, call: Call) -> Any:
+    def loop(
+        self,
+        method: Method,
+        program: Program,
+        guide: Program | None,
+        call: Call,
+        num_steps: int,
+    ) -> Any:
         """Build a method's loop, with the larger step size for free parameters."""
         from guides import inference
 
@@ -55,7 +62,8 @@ class Workbench:
         grid = method.grid is not None
         optim = make_optim(
             self.budget,
-            self.budget.num_steps,
+            num_steps,
+            model=networks.__contains__,
             local=lambda name: name not in networks and (not grid or name.endswith("table")),
         )
         if method.relaxes:
@@ -76,6 +84,7 @@ class Workbench:
         phase: str,
         *,
         watch: Call | None,
+        num_steps: int | None = None,
     ) -> tuple[Any, Meter]:
         """Fit a method to a call.
 
@@ -86,11 +95,13 @@ class Workbench:
             call: Arguments of the updates.
             phase: What progress calls this.
             watch: Arguments of the learning curve; None leaves it out.
+            num_steps: Number of updates; those of the budget by default.
 
         Returns:
             The loop, and what it cost.
         """
-        loop = self.loop(method, program, guide, call)
+        num_steps = self.budget.num_steps if num_steps is None else num_steps
+        loop = self.loop(method, program, guide, call, num_steps)
         meter = Meter()
         # Minibatches are for training, and for guides that can be told their rows.
         minibatched = call is self.train and (method.grid is not None or method.relaxes)
@@ -111,11 +122,11 @@ class Workbench:
         fit(
             loop,
             calls,
-            self.budget.num_steps,
+            num_steps,
             meter=meter,
             rows=lambda now: num_rows if size is None else row_count(program, *now, plate),
             num_particles=self.budget.num_particles,
-            checkpoints=self.checkpoints(self.budget.num_steps) if watch is not None else set(),
+            checkpoints=self.checkpoints(num_steps) if watch is not None else set(),
             monitor=monitor,
             tick=lambda fraction: self.tick(phase, fraction),
         )
@@ -154,7 +165,7 @@ class Workbench:
         total = self.budget.inference_steps
         posterior: Program | None = None
         for steps in sorted(self.checkpoints(total) | {total}):
-            optim = make_optim(self.budget, 1, local=lambda name: False)
+            optim = make_optim(self.budget, 1)
             plate = self.task.data_plate
             loop = inference.PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
             start = time.perf_counter()

@@ -13,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
 from guides.inference.checks import capture
 
 __all__ = ["Run", "plateau", "run"]
