@@ -129,7 +129,7 @@ def _reference(table: Standings) -> dict[int, float]:
     for place in table.places:
         for run in place.runs:
             name = "exact_log_evidence" if "exact_log_evidence" in run["rows"] else "log_evidence"
-            found = estimate([run], name)
+            found = estimate([run], name, joint=table.joint_score)
             if found is not None and found.finite:
                 best[run["seed"]] = max(best.get(run["seed"], -math.inf), found.value)
     return best

@@ -13,13 +13,13 @@ have no rows: there the first term is the Monte Carlo variance of the runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Estimate", "estimate", "paired", "rows_of"]
+__all__ = ["Estimate", "estimate", "is_joint", "paired", "rows_of"]
 
 Record = Mapping[str, Any]
 
@@ -83,32 +83,48 @@ def _pool_joint(values: Sequence[float], errors: Sequence[float]) -> Estimate:
     return Estimate(float(array.mean()), math.sqrt(variance), tuple(map(float, array)), None)
 
 
-def _joint(run: Record, score: str) -> tuple[float, float]:
+def _total(run: Record, score: str) -> tuple[float, float]:
+    """A score of the whole data set, with its Monte Carlo error."""
     summary = run["scores"][score]
-    value, error = summary["value"], summary["standard_error"]
+    value, error = summary["total"], summary["total_error"]
     return (math.nan if value is None else value, math.nan if error is None else error)
 
 
-def estimate(runs: Sequence[Record], score: str) -> Estimate | None:
+def is_joint(runs: Iterable[Record]) -> bool:
+    """Whether any run has joint scores, so that all must be compared by totals."""
+    return any(run["scores"]["elbo"]["joint"] for run in runs)
+
+
+def estimate(runs: Sequence[Record], score: str, *, joint: bool = False) -> Estimate | None:
     """Return the mean of a score over the seeds of one method.
 
     Args:
         runs: Finished runs of one method, one a seed.
         score: `elbo`, `log_evidence` or another recorded score.
+        joint: Whether to take totals even where there are rows.
+
+    Returns:
+        The estimate, per row or of the total; None without runs.
     """
     if not runs:
         return None
     rows = [rows_of(run, score) for run in runs]
-    if all(item is not None for item in rows) and len({len(item) for item in rows}) == 1:  # type: ignore[arg-type]
-        return _pool(rows)  # type: ignore[arg-type]
+    known = [item for item in rows if item is not None]
+    if not joint and len(known) == len(runs) and len({len(item) for item in known}) == 1:
+        return _pool(known)
     if any(score not in run["scores"] for run in runs):
         return None
-    values, errors = zip(*(_joint(run, score) for run in runs), strict=True)
+    values, errors = zip(*(_total(run, score) for run in runs), strict=True)
     return _pool_joint(values, errors)
 
 
 def paired(
-    runs: Sequence[Record], others: Sequence[Record], score: str, other_score: str | None = None
+    runs: Sequence[Record],
+    others: Sequence[Record],
+    score: str,
+    other_score: str | None = None,
+    *,
+    joint: bool = False,
 ) -> Estimate | None:
     """Return the mean difference of two methods, paired by seed and row.
 
@@ -117,6 +133,7 @@ def paired(
         others: Runs of the other.
         score: The score of the one.
         other_score: The score of the other; the same by default.
+        joint: Whether to take totals even where both have rows.
 
     Returns:
         The estimate of `score(runs) - score(others)`; None where no seed is in both. In the
@@ -132,15 +149,15 @@ def paired(
     if not pairs:
         return None
     differences = []
-    for run, other in pairs:
+    for run, other in [] if joint else pairs:
         left, right = rows_of(run, score), rows_of(other, other_score)
         if left is None or right is None or len(left) != len(right):
             break
         differences.append(left - right)
-    else:
+    if len(differences) == len(pairs):
         return _pool(differences)
-    lefts = [_joint(run, score) for run, _ in pairs]
-    rights = [_joint(other, other_score) for _, other in pairs]
+    lefts = [_total(run, score) for run, _ in pairs]
+    rights = [_total(other, other_score) for _, other in pairs]
     values = [left[0] - right[0] for left, right in zip(lefts, rights, strict=True)]
     errors = [math.hypot(left[1], right[1]) for left, right in zip(lefts, rights, strict=True)]
     return _pool_joint(values, errors)

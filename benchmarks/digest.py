@@ -1,10 +1,10 @@
 """Digest of the code behind a run: what must be unchanged for a finished run to be reused.
 
 The digest is known before anything runs. It is a walk over import statements, written anywhere
-in a module, that stays inside `zoo`, `guides` and `benchmarks`; a string that names a module of
-these packages (`"guides.schemes.local:Local"`) counts as an import, because that is how the lazy
-registries refer to one. Comments, docstrings and blank lines do not count: polishing a docstring
-leaves every record valid.
+in a module, that stays inside `zoo`, `guides` and `benchmarks`. Names that a package loads on
+first use (`"SVI": "guides.inference.svi"`) are followed where they are imported, and all of them
+where the package is imported as an object. Comments, docstrings and blank lines do not count:
+polishing a docstring leaves every record valid.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tokenize
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 __all__ = ["closure", "code_digest", "source_digest", "stripped"]
 
@@ -58,17 +59,54 @@ def stripped(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def _imports(module: str, tree: ast.Module) -> set[str]:
-    """Names of project modules that a module refers to; some may turn out to be attributes."""
-    found: set[str] = set()
-    for node in ast.walk(tree):
+@cache
+def _parsed(module: str) -> ast.Module:
+    path = _find(module)
+    return ast.parse("" if path is None else path.read_text(encoding="utf-8"))
+
+
+@cache
+def _lazy(module: str) -> dict[str, str]:
+    """What a package loads on first use: entries such as `"SVI": "guides.inference.svi"`."""
+    entries = {}
+    for node in ast.walk(_parsed(module)):
+        for key, value in zip(node.keys, node.values, strict=True) if _is_dict(node) else ():
+            if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
+                if isinstance(value.value, str) and _NAMED.match(value.value):
+                    entries[str(key.value)] = value.value.partition(":")[0]
+    return entries
+
+
+def _is_dict(node: ast.AST) -> TypeGuard[ast.Dict]:
+    return isinstance(node, ast.Dict)
+
+
+def _from(package: str, name: str) -> list[str]:
+    """Modules behind `from package import name`."""
+    module = f"{package}.{name}"
+    if _find(module) is not None:
+        return _whole(module)
+    return [package, _lazy(package).get(name, package)]
+
+
+def _whole(module: str) -> list[str]:
+    """A module used as an object: whatever it loads on first use may be used."""
+    return [module] if module in _REGISTRIES else [module, *_lazy(module).values()]
+
+
+def _imports(module: str) -> set[str]:
+    """Names of project modules that a module refers to."""
+    path, found = _find(module), set()
+    package = path is not None and path.name == "__init__.py"
+    for node in ast.walk(_parsed(module)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            for alias in node.names:
+                found.update(_whole(alias.name))
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if module not in _REGISTRIES and _NAMED.match(node.value):
+            for alias in node.names:
+                found.update(_from(node.module, alias.name))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not package:
+            if _NAMED.match(node.value):
                 found.add(node.value.partition(":")[0])
     return {name for name in found if name.partition(".")[0] in PACKAGES}
 
@@ -83,13 +121,12 @@ def closure(roots: Iterable[str]) -> list[str]:
     seen: set[str] = set()
     while todo:
         module = todo.pop()
-        path = _find(module)
-        if path is None or module in seen:
+        if module in seen or _find(module) is None:
             continue
         seen.add(module)
         if "." in module:
             todo.append(module.rpartition(".")[0])
-        todo.extend(_imports(module, ast.parse(path.read_text(encoding="utf-8"))))
+        todo.extend(_imports(module))
     return sorted(seen)
 
 

@@ -92,7 +92,7 @@ def make_optim(
             "weight_decay": budget.weight_decay if model(name) else 0.0,
         }
 
-    return pyro.optim.ClippedAdam(options)
+    return pyro.optim.ClippedAdam(options)  # type: ignore[arg-type]
 
 
 def batches(

@@ -63,27 +63,29 @@ def pictures(
     """
     with torch.no_grad():
         observed = poutine.trace(model).get_trace(*args, **kwargs)
-        name, rows = next(
-            (site, node["value"].reshape(-1, *image_shape))
+        name, data = next(
+            (site, node["value"])
             for site, node in observed.nodes.items()
             if node["type"] == "sample"
             and node["is_observed"]
+            and isinstance(node["value"], Tensor)
             and node["value"].numel() % (image_shape[0] * image_shape[1]) == 0
         )
         total = torch.zeros(())
         for _ in range(num_draws):
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-            total = total + _likelihood(replayed, name, observed.nodes[name]["value"])
+            total = total + _likelihood(replayed, name, data)
         prior = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-        samples = _likelihood(prior, name, observed.nodes[name]["value"])
+        samples = _likelihood(prior, name, data)
     shown = {
-        "originals": rows,
+        "originals": data.reshape(-1, *image_shape),
         "reconstructions": (total / num_draws).reshape(-1, *image_shape),
         "samples": samples.reshape(-1, *image_shape),
     }
     # Evenly spaced rows: neighbours in a file are often alike.
-    where = torch.linspace(0, len(rows) - 1, min(NUM_IMAGES, len(rows))).long()
+    total_rows = len(shown["originals"])
+    where = torch.linspace(0, total_rows - 1, min(NUM_IMAGES, total_rows)).long()
     return {
         key: encoded(value[where].double().cpu().numpy() / max(1.0, float(value.max())))
         for key, value in shown.items()

@@ -103,7 +103,8 @@ def leaderboard(table: Standings, name: str, stale: set[str]) -> str:
 
 def _name(place: Place, stale: set[str]) -> str:
     run = place.example
-    badge = ' <span class="badge">code changed since</span>' if run["digest"] in stale else ""
+    old = any(item["digest"] in stale for item in (*place.runs, *place.failures))
+    badge = ' <span class="badge">code changed since</span>' if old else ""
     return f'<span class="name">{glyph(run)}{escape(place.method)}{badge}</span>'
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pyro.infer.autoguide import AutoDelta, AutoGuide
 from torch import nn
 
-__all__ = ["Method", "as_methods", "copied", "family_and_scheme"]
+__all__ = ["Method", "as_method", "as_methods", "family_and_scheme"]
 
 Program = Callable[..., Any]
 
@@ -113,30 +113,6 @@ def family_and_scheme(name: str) -> tuple[str, str]:
     return name, "Local"
 
 
-def copied(model: Any, guide: Any = None) -> Any:
-    """Copy a model, or a model and its guide together so that they still share what they share.
-
-    Pyro's autoguides forget their model when they are copied, the original too; both are given
-    it back.
-
-    Returns:
-        The copy of the model, or of `(model, guide)` where a guide is given.
-    """
-    held = getattr(guide, "_model", None)
-    memo: dict[int, Any] = {}
-    try:
-        new_model = copy.deepcopy(model, memo)
-        new_guide = copy.deepcopy(guide, memo)
-    finally:
-        if held is not None:
-            guide._model = held
-    if guide is None:
-        return new_model
-    if held is not None:
-        new_guide._model = copy.deepcopy(held, memo)
-    return new_model, new_guide
-
-
 def _name_of(thing: Any) -> str:
     if isinstance(thing, partial):
         return _name_of(thing.func)
@@ -185,22 +161,31 @@ def _own_guide(original: Any, guide: Any, model: Any) -> Any:
     """Build for a guide instance: a copy that belongs to the run's model."""
     if not isinstance(guide, nn.Module):
         return guide
-    memo_model, memo_guide = copied(original, guide)
-    if isinstance(memo_model, nn.Module) and isinstance(model, nn.Module):
-        # What the guide shares with its model, it must go on sharing with the run's model.
-        here = dict(model.named_modules())
-        for name, module in memo_model.named_modules():
-            _replace(memo_guide, module, here.get(name, module))
-    if isinstance(memo_guide, AutoGuide):
-        memo_guide._model = (model,)
-    return memo_guide
+    # What the guide shares with its model, its copy shares with the run's model.
+    memo: dict[int, Any] = {id(original): model}
+    if isinstance(original, nn.Module) and isinstance(model, nn.Module):
+        here = dict(model.named_modules()) | dict(model.named_parameters())
+        there = dict(original.named_modules()) | dict(original.named_parameters())
+        memo |= {id(part): here[name] for name, part in there.items() if name in here}
+    copy_of_guide = _deepcopy(guide, memo)
+    reference = getattr(copy_of_guide, "_reference", None)
+    if reference is not None:
+        # A guide of this project never copies its model.
+        copy_of_guide._reference = type(reference)(model)
+    return copy_of_guide
 
 
-def _replace(guide: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in guide.modules():
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+def _deepcopy(guide: Any, memo: dict[int, Any]) -> Any:
+    """Copy a guide; Pyro's autoguides forget their model then, and are given it back."""
+    held = getattr(guide, "_model", None)
+    try:
+        result = copy.deepcopy(guide, memo)
+    finally:
+        if held is not None:
+            guide._model = held
+    if held is not None:
+        result._model = copy.deepcopy(held, memo)
+    return result
 
 
 def as_method(

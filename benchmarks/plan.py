@@ -17,7 +17,7 @@ from benchmarks.records import run_key
 from benchmarks.suites import SUITES
 from benchmarks.task import Task, load_tasks
 
-__all__ = ["Plan", "command_record", "plan", "plans_of", "shared_key", "task_record"]
+__all__ = ["Plan", "command_record", "digest_of", "plan", "plans_of", "shared_key", "task_record"]
 
 _DECIDING = ("python", "torch", "pyro", "numpy", "zuko")
 
@@ -91,7 +91,8 @@ def _roots(source: str | None, method: Method) -> tuple[list[str], list[Path]]:
     return roots, files
 
 
-def _digest(source: str | None, method: Method) -> tuple[str, tuple[str, ...]]:
+def digest_of(source: str | None, method: Method) -> tuple[str, tuple[str, ...]]:
+    """Return the digest of the code that a method of a source runs, and the modules behind it."""
     roots, files = _roots(source, method)
     modules = closure(roots)
     return code_digest(modules, files), (*modules, *(f"file:{path.name}" for path in files))
@@ -104,7 +105,7 @@ def _used_versions() -> dict[str, str]:
 def shared_key(item: Plan, source: str | None) -> str:
     """Return the key of the model that a frozen run shares with the others of its seed."""
     task = item.task
-    digest, _ = _digest(source, as_method(task.decoder_guide))
+    digest, _ = digest_of(source, as_method(task.decoder_guide))
     return run_key(
         task=task.name,
         seed=item.seed,
@@ -144,7 +145,7 @@ def plans_of(
         for method in found:
             if methods is not None and method.name not in methods:
                 continue
-            digest, modules = _digest(source, method)
+            digest, modules = digest_of(source, method)
             for seed in range(seeds):
                 key = run_key(
                     task=task.name,

@@ -37,10 +37,15 @@ def _summary(result: Any, num_samples: int, estimator: str) -> dict[str, Any]:
     """Mean over rows with its error over rows, or the total with its Monte Carlo error."""
     # Under global latents rows still have terms, but these alone bound nothing.
     rows = None if result.joint else _array(result.rows)
+    total = {
+        "total": _number(result.total),
+        "total_error": _number(result.standard_error),
+    }
     if rows is None:
         return {
-            "value": _number(result.total),
-            "standard_error": _number(result.standard_error),
+            "value": total["total"],
+            "standard_error": total["total_error"],
+            **total,
             "joint": True,
             "num_rows": None,
             "num_samples": num_samples,
@@ -49,7 +54,7 @@ def _summary(result: Any, num_samples: int, estimator: str) -> dict[str, Any]:
     return {
         "value": _number(rows.mean()),
         "standard_error": _number(rows.std(ddof=1) / math.sqrt(len(rows)) if len(rows) > 1 else 0),
-        "monte_carlo_error": _number(result.standard_error / len(rows)),
+        **total,
         "joint": False,
         "num_rows": len(rows),
         "num_samples": num_samples,
@@ -71,11 +76,11 @@ def elbo_estimate(
     data_plate: str | None = "auto",
 ) -> float:
     """Return one point of a learning curve: the ELBO per row, or the joint one."""
-    from guides import diagnostics
+    from guides.diagnostics import elbo
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        result = diagnostics.elbo(
+        result = elbo(
             model,
             guide,
             *args,
@@ -125,28 +130,26 @@ def score(
     Returns:
         Scores by name, and per-row values by name (absent where scores are joint).
     """
-    from guides import diagnostics
+    from guides.diagnostics import elbo, log_evidence, pareto_khat
 
     call: dict[str, Any] = {"model_kwargs": dict(kwargs), "data_plate": data_plate}
     rows: dict[str, Any] = {}
     with torch.no_grad():
-        elbo = diagnostics.elbo(model, guide, *args, num_samples=budget.num_samples, **call)
+        bound = elbo(model, guide, *args, num_samples=budget.num_samples, **call)
         proposal = guide if evidence_guide is None else evidence_guide
-        evidence = diagnostics.log_evidence(
+        evidence = log_evidence(
             model, proposal, *args, num_samples=budget.num_evidence_samples, **call
         )
-        khat = diagnostics.pareto_khat(
-            model, guide, *args, num_samples=budget.num_khat_samples, **call
-        )
+        khat = pareto_khat(model, guide, *args, num_samples=budget.num_khat_samples, **call)
     scores = {
-        "elbo": _summary(elbo, budget.num_samples, "mean of log p(x, z) - log q(z)"),
+        "elbo": _summary(bound, budget.num_samples, "mean of log p(x, z) - log q(z)"),
         "log_evidence": _summary(
             evidence,
             budget.num_evidence_samples,
             f"log-mean-exp of {budget.num_evidence_samples} importance weights, {evidence_name}",
         ),
     }
-    for name, result in (("elbo", elbo), ("log_evidence", evidence)):
+    for name, result in (("elbo", bound), ("log_evidence", evidence)):
         if not result.joint:
             rows[name] = rounded(_array(result.rows))
     khats = None if khat.joint else _array(khat.rows)

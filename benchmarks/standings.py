@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.differences import Estimate, estimate, paired
+from benchmarks.differences import Estimate, estimate, is_joint, paired
 
 __all__ = ["Check", "Place", "Standings", "standings"]
 
@@ -87,6 +87,8 @@ class Standings:
         baseline: The method that differences are taken to.
         places: Methods in order; those without a finished run come last.
         checks: The expected order, measured.
+        joint_score: Whether scores are totals of the whole data set rather than means over rows,
+            which is so as soon as one method has only totals.
     """
 
     task: str
@@ -95,12 +97,7 @@ class Standings:
     baseline: str
     places: tuple[Place, ...]
     checks: tuple[Check, ...]
-
-    @property
-    def joint_score(self) -> bool:
-        """Whether scores are of the whole data set rather than of a row."""
-        finished = [place for place in self.places if place.runs]
-        return any(place.runs[0]["scores"]["elbo"]["joint"] for place in finished)
+    joint_score: bool = False
 
     @property
     def unit(self) -> str:
@@ -112,7 +109,10 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else math.nan
 
 
-def _place(method: str, runs: Sequence[Record], base: Sequence[Record], score: str) -> Place:
+def _place(
+    method: str, runs: Sequence[Record], base: Sequence[Record], score: str, joint: bool
+) -> Place:
+    runs = sorted(runs, key=lambda run: run["seed"])
     done = [run for run in runs if run["status"] == "ok"]
     khats = [
         value
@@ -124,10 +124,10 @@ def _place(method: str, runs: Sequence[Record], base: Sequence[Record], score: s
         method=method,
         runs=tuple(done),
         failures=tuple(run for run in runs if run["status"] != "ok"),
-        elbo=estimate(done, "elbo"),
-        evidence=estimate(done, "log_evidence"),
-        difference=paired(done, base, score) if done and base else None,
-        gap=paired(done, done, "log_evidence", "elbo"),
+        elbo=estimate(done, "elbo", joint=joint),
+        evidence=estimate(done, "log_evidence", joint=joint),
+        difference=paired(done, base, score, joint=joint) if done and base else None,
+        gap=paired(done, done, "log_evidence", "elbo", joint=joint),
         khat=float(np.median(known)) if known else math.nan,
         khat_above=_mean([run["scores"]["khat"]["above"] for run in done]),
         gradient_evaluations=_mean([sum(run["gradient_evaluations"].values()) for run in done]),
@@ -174,10 +174,15 @@ def standings(runs: Sequence[Record], tasks: Mapping[str, Record]) -> list[Stand
         baseline = about.get("baseline")
         if baseline not in finished:
             baseline = finished[0] if finished else next(iter(methods))
-        places = [_place(name, items, done[baseline], score) for name, items in methods.items()]
+        joint = is_joint(run for items in done.values() for run in items)
+        places = [
+            _place(name, items, done[baseline], score, joint) for name, items in methods.items()
+        ]
         places.sort(key=lambda place: _rank(place, score))
         checks = _checks(about.get("expected_order", ()), methods) if regime == "frozen" else []
-        tables.append(Standings(task, regime, score, baseline, tuple(places), tuple(checks)))
+        tables.append(
+            Standings(task, regime, score, baseline, tuple(places), tuple(checks), joint)
+        )
     return tables
 
 

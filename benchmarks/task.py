@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -118,9 +119,7 @@ class Task:
         """Return a program of its own for one run."""
         if self.make_model is not None:
             return self.make_model()
-        from benchmarks.methods import copied
-
-        return copied(self.model)
+        return copy.deepcopy(self.model)  # type: ignore[return-value]
 
     @property
     def scored_args(self) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from benchmarks.fit import Meter, batches, fit, frozen, make_optim, parameters_o
 from benchmarks.methods import Method
 from benchmarks.scores import elbo_estimate
 from benchmarks.task import Task
+from guides.inference import SVI, IndefiniteHessianError, PredictiveCoding, laplace
 
 __all__ = ["Call", "Tick", "Workbench", "silent"]
 
@@ -56,8 +57,6 @@ class Workbench:
         num_steps: int,
     ) -> Any:
         """Build a method's loop, with the larger step size for free parameters."""
-        from guides import inference
-
         networks = parameters_of(self.model, call)
         grid = method.grid is not None
         optim = make_optim(
@@ -69,10 +68,10 @@ class Workbench:
         if method.relaxes:
             steps = self.budget.relaxation_steps
             plate = self.task.data_plate
-            return inference.PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
+            return PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
         if method.loop == "svi":
             loss = Trace_ELBO(num_particles=self.budget.num_particles)
-            return inference.SVI(program, guide, optim, loss)
+            return SVI(program, guide, optim, loss)
         return method.loop(program, guide, optim)
 
     def run_fit(
@@ -115,7 +114,7 @@ class Workbench:
                 posterior = self.posterior(method, program, guide, loop, watch or call)
                 samples = self.budget.num_curve_samples
                 return elbo_estimate(program, posterior, *(watch or call), samples, plate)
-            except (ValueError, RuntimeError):
+            except (IndefiniteHessianError, RuntimeError):
                 # A point without a Laplace covariance yet has no ELBO yet: its curve starts later.
                 return None
 
@@ -144,8 +143,6 @@ class Workbench:
         if guide is None:
             raise ValueError(f"Method '{method.name}' has no guide to score.")
         if method.point:
-            from guides.inference.laplace_guide import laplace
-
             with torch.no_grad():
                 autoguide = isinstance(guide, AutoGuide)
                 point = guide.median if autoguide else guide.locations  # type: ignore[attr-defined]
@@ -156,43 +153,52 @@ class Workbench:
         return guide
 
     def relax(self, call: Call) -> tuple[Program, Meter]:
-        """Relax to the mode, the model fixed: a fresh relaxation for every point of the curve."""
-        from guides import inference
+        """Relax to the mode, the model fixed: a fresh relaxation for every point of the curve.
 
-        args, kwargs = call
-        program = frozen(self.model)
+        Where the longest of them ends at no mode yet (a Hessian that is not positive definite),
+        it is made twice as long, up to eight times; the cost is that of the one that succeeded.
+        """
         meter = Meter()
         total = self.budget.inference_steps
         posterior: Program | None = None
         for steps in sorted(self.checkpoints(total) | {total}):
-            optim = make_optim(self.budget, 1)
-            plate = self.task.data_plate
-            loop = inference.PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
-            start = time.perf_counter()
             try:
-                posterior = _program(loop.posterior(*args, **kwargs))
-                seconds = time.perf_counter() - start
-                value = elbo_estimate(
-                    program, posterior, *call, self.budget.num_curve_samples, plate
-                )
-            except (ValueError, RuntimeError):
-                if steps == total:
-                    raise
-                continue
-            meter.gradient_evaluations = int(loop.gradient_evaluations)
-            meter.seconds = seconds
-            meter.curve.append(
-                {
-                    "step": steps,
-                    "gradient_evaluations": meter.gradient_evaluations,
-                    "seconds": round(seconds, 3),
-                    "elbo": round(value, 4),
-                }
-            )
+                posterior = self._relaxed(call, steps, meter)
+            except IndefiniteHessianError:
+                posterior = None
             self.tick("relax", steps / total)
-        if posterior is None:
-            raise ValueError("Predictive coding needs at least one relaxation step.")
-        return posterior, meter
+        for doubling in (2, 4, 8):
+            if posterior is not None:
+                return posterior, meter
+            try:
+                posterior = self._relaxed(call, doubling * total, meter)
+            except IndefiniteHessianError:
+                if doubling == 8:
+                    raise
+        return _program(posterior), meter
+
+    def _relaxed(self, call: Call, steps: int, meter: Meter) -> Program:
+        """Relax for a number of steps, and note its cost and its point of the curve."""
+        args, kwargs = call
+        plate = self.task.data_plate
+        loop = PredictiveCoding(
+            frozen(self.model), make_optim(self.budget, 1), num_steps=steps, data_plate=plate
+        )
+        start = time.perf_counter()
+        posterior = _program(loop.posterior(*args, **kwargs))
+        meter.seconds = time.perf_counter() - start
+        meter.gradient_evaluations = int(loop.gradient_evaluations)
+        samples = self.budget.num_curve_samples
+        value = elbo_estimate(frozen(self.model), posterior, *call, samples, plate)
+        meter.curve.append(
+            {
+                "step": steps,
+                "gradient_evaluations": meter.gradient_evaluations,
+                "seconds": round(meter.seconds, 3),
+                "elbo": round(value, 4),
+            }
+        )
+        return posterior
 
     def checkpoints(self, num_steps: int) -> set[int]:
         """Steps at which to look, evenly spaced on a logarithmic axis, the last one included."""
@@ -206,4 +212,4 @@ class Workbench:
 def _program(value: Any) -> Program:
     if not callable(value):
         raise TypeError(f"A posterior must be a guide, got {type(value).__name__}.")
-    return value  # type: ignore[no-any-return]
+    return value

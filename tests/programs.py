@@ -41,18 +41,23 @@ def hierarchical_regression(x: Tensor, group: Tensor, y: Tensor | None = None) -
         return pyro.sample("y", dist.Normal(mean, noise), obs=y)
 
 
-ANCHORS = torch.tensor([[6.0, 6.0, 1.0, 0.5, 0.5, 2.0], [0.5, 0.5, 1.0, 6.0, 6.0, 2.0]])
+# Which of the six counts each of the two factors reaches.
+PATTERN = torch.tensor(
+    [[1.0, 1.0, 1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float32
+)
 
 
 def gamma_poisson(counts: Tensor, size: int | None = None, index: Tensor | None = None) -> Tensor:
-    """A Poisson factor model whose factors are told apart by anchored loadings."""
+    """A confirmatory Poisson factor model: a pattern of zeros tells the factors apart."""
     with pyro.plate("factors", 2):
-        loadings = pyro.sample("loadings", dist.Gamma(ANCHORS.to(counts), 1.0).to_event(1))
+        loadings = pyro.sample(
+            "loadings", dist.Gamma(torch.full_like(PATTERN, 2.0).to(counts), 0.5).to_event(1)
+        )
     with pyro.plate("data", size or len(counts), subsample=index):
         z = pyro.sample(
             "z", dist.Gamma(torch.full((2,), 2.0, dtype=counts.dtype), 2.0).to_event(1)
         )
-        rate = z @ loadings
+        rate = z @ (loadings * PATTERN.to(counts))
         return pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=counts)
 
 
@@ -91,8 +96,9 @@ def _hierarchical_regression() -> Program:
 
 def _gamma_poisson() -> Program:
     generator = torch.Generator().manual_seed(2)
-    z = 0.2 + 2 * torch.rand(30, 2, generator=generator, dtype=torch.float32)
-    counts = torch.poisson(z @ ANCHORS, generator=generator)
+    z = 0.2 + 2 * torch.rand(40, 2, generator=generator, dtype=torch.float32)
+    loadings = PATTERN * torch.tensor([[5.0], [7.0]], dtype=torch.float32)
+    counts = torch.poisson(z @ loadings, generator=generator)
     return Program(gamma_poisson, (counts,), ("loadings",), ("z",))
 
 

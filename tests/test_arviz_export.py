@@ -287,6 +287,7 @@ def test_sizes_that_coincide_are_not_confused(num_samples):
             theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
             pyro.deterministic("pair", torch.stack([theta[group], x, x], -1), event_dim=1)
+            pyro.deterministic("same", torch.stack([theta[group], x, x], -1))
             pyro.sample("x", dist.Normal(theta[group], 1.0), obs=x)
 
     x, group = torch.randn(3), torch.tensor([2, 0, 0])
@@ -298,6 +299,8 @@ def test_sizes_that_coincide_are_not_confused(num_samples):
     )
     assert dims(data, "posterior")["theta"] == ("chain", "draw", "groups")
     assert dims(data, "posterior")["pair"] == ("chain", "draw", "data", "pair_dim_0")
+    # An (N, 3) value with N = 3 has its rows first.
+    assert dims(data, "posterior")["same"] == ("chain", "draw", "data", "same_dim_0")
     assert dims(data, "constant_data") == {"group": ("data",)}
     assert tensors(data, "constant_data")["group"].tolist() == [2, 0, 0]
 
@@ -504,7 +507,7 @@ def _log_q(name, guide, posterior, args):
         log_q = guide.get_posterior(*args).log_prob(unconstrained)
         log_q = log_q.sum(-1) if log_q.dim() > 1 else log_q
         return (log_q - posterior["tau"].log()).detach()
-    if name == "AutoNormal":
+    if name in ("AutoNormal", "AutoNormalMessenger"):
         terms = [
             dist.Normal(getattr(guide.locs, site), getattr(guide.scales, site)).log_prob(value)
             for site, value in (
@@ -761,7 +764,7 @@ def test_batches_need_a_data_plate():
     x = torch.randn(3)
     data = to_arviz(model, AutoNormal(model), x, num_samples=3)
     assert dims(data, "log_likelihood") == {"x": ("chain", "draw")}
-    with pytest.raises(ValueError, match="this program has none"):
+    with pytest.raises(ValueError, match="there is none"):
         to_arviz(model, AutoNormal(model), x, num_samples=3, batch_size=2)
 
 
@@ -799,6 +802,57 @@ def test_globals_alone_over_minibatches_of_a_program_without_row_numbers():
     # This guide reads the global posterior off the rows it is called with.
     with pytest.raises(ValueError, match="'mu' is outside the data plate but changes"):
         to_arviz(programs.one_mean, programs.one_mean_exact, x, num_samples=5, batch_size=3)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_simulated_data_outside_the_data_plate_is_shared_by_all_rows(batch_size):
+    def model(y, x, size=None, index=None):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+        with pyro.plate("data", size or len(x), subsample=index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + 10 * y, 0.1), obs=x)
+
+    def guide(y, x, size=None, index=None):
+        with pyro.plate("data", size or len(x), subsample=index):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    args = torch.tensor(3.0), torch.randn(5)
+    data = to_arviz(model, guide, *args, num_samples=100, batch_size=batch_size)
+    for group, latents in (("posterior_predictive", "posterior"), ("prior_predictive", "prior")):
+        drawn = tensors(data, group)
+        residual = drawn["x"] - tensors(data, latents)["z"] - 10 * drawn["y"][:, None]
+        assert residual.abs().max() < 1.0
+        assert_mean(drawn["y"], 0.0)
+    assert dims(data, "observed_data") == {"y": (), "x": ("data",)}
+
+
+def test_points_that_follow_from_replayed_sites_may_round_differently():
+    x = torch.randn(5)
+
+    def guide(x, size=None, index=None):
+        noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("mu", dist.Delta(noise * (1 + 1e-14 * len(x)), log_density=torch.tensor(1.0)))
+        with pyro.plate("data", size or len(x), subsample=index):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    data = to_arviz(programs.two_levels, guide, x, num_samples=20, batch_size=2)
+    posterior, stats = tensors(data, "posterior"), tensors(data, "sample_stats")
+    log_q = (
+        programs.normal_log_density(posterior["mu"], 0.0, 1.0)
+        + 1.0
+        + programs.normal_log_density(posterior["z"], 0.0, 1.0).sum(-1)
+    )
+    torch.testing.assert_close(stats["log_q"], log_q)
+
+
+def test_a_guide_without_a_data_plate_brings_that_to_the_export():
+    x = torch.randn(4)
+    guide = guides.make("multivariate_normal", programs.two_levels, x, data_plate=None)
+    data = to_arviz(programs.two_levels, guide, x, num_samples=20)
+    assert dims(data, "posterior")["z"] == ("chain", "draw", "data")
+    assert data["log_likelihood"].attrs["conditional_on"] == "z"
+    with pytest.raises(ValueError, match="there is none"):
+        to_arviz(programs.two_levels, guide, x, num_samples=20, batch_size=2)
 
 
 def test_positive_globals_replay_without_losing_their_density():

@@ -215,8 +215,7 @@ def _attrs(
         attrs[group] = {}
     if "posterior" in arrays:
         attrs["posterior"]["warning"] = _WARNING
-    data = read.group("data")
-    local = [] if data is None else [site.name for site in data.sites]
+    local = _local_latents(read)
     if "log_likelihood" in arrays:
         attrs["log_likelihood"]["conditional_on"] = ", ".join(local) or "global latents only"
         if local:
@@ -225,6 +224,17 @@ def _attrs(
                 "LOO from it is about a row whose latents are known, not about a new row."
             )
     return attrs
+
+
+def _local_latents(read: Layout) -> list[str]:
+    """Latents that a row, or an entry of an observed site, has to itself."""
+    entries = [{plate.name for plate in site.plates} for site in read.observed.values()]
+    local = []
+    for site in read.sites.values():
+        plates = {plate.name for plate in site.plates}
+        if site.row_dim is not None or any(entry and entry <= plates for entry in entries):
+            local.append(site.name)
+    return local
 
 
 def _name(program: Any) -> str:

@@ -58,7 +58,8 @@ def split_calls(
     if plate is None:
         hint = f" data_plate= one of {', '.join(read.ambiguous)}." if read.ambiguous else ""
         raise ValueError(
-            "batch_size splits the rows of a data plate, and this program has none. "
+            "batch_size splits the rows of a data plate, and there is none: no plate holds all "
+            "the data, or the guide was built with data_plate=None. "
             f"Leave it out, or say where the rows are:{hint or ' put the data into a plate.'}"
         )
     calls = []

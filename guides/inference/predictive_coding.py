@@ -83,9 +83,8 @@ class PredictiveCoding:
             supports. Without, the energy of constrained sites is that of AutoDelta.
         data_plate: See :func:`guides.layout.layout`.
         tolerance: Stop a relaxation when every gradient is below it.
-        global_rate: How far persistent global latents move to their relaxed values in a step; by
-            default all the way with the full data and B/N of it with a minibatch, which averages
-            over an epoch instead of chasing the last batch.
+        global_rate: With a minibatch, step of the persistent global latents relative to that of
+            their curvature; by default B/N, which makes an epoch one full step.
 
     Attributes:
         gradient_evaluations: Gradients of one row's log joint so far, Hessian products counted
@@ -155,14 +154,17 @@ class PredictiveCoding:
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Relax, then update the model's parameters at the relaxed state.
 
-        Global latents keep their relaxed values for the next step.
+        Global latents keep their relaxed values for the next step. With a minibatch they are held
+        while the rows relax, and then take one gradient step: relaxing them to every minibatch
+        would lead to an average of minibatch modes, which is not the mode of all rows.
 
         Returns:
             The energy -log p(x, z) at the relaxed state before the update, of all N rows, in
             nats; lower is better. It is no bound on -log p(x) and cannot be compared with an ELBO.
         """
         log_joint = self._log_joint(args, kwargs)
-        values, relaxed = self._relax(log_joint, learning=True)
+        hold = log_joint.layout.scale != 1.0 and log_joint.layout.group("global") is not None
+        values, relaxed = self._relax(log_joint, learning=True, hold_globals=hold)
         with poutine.trace(param_only=True) as trace, torch.enable_grad():
             rows, other = log_joint.run(values, expose_params=True).total()
             loss = -log_joint.total(rows, other)
@@ -176,7 +178,7 @@ class PredictiveCoding:
                 self.frozen = warn_frozen(self.model, learning)
             self.optim(learning)
             zero_grads(learning)
-        self._keep_globals(log_joint, values)
+        self._keep_globals(log_joint, self._moved_globals(log_joint, relaxed) if hold else values)
         self._steps += 1
         return float(relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global)
 
@@ -281,7 +283,7 @@ class PredictiveCoding:
         self._checked.add(tuple(log_joint.layout.sites))
 
     def _relax(
-        self, log_joint: LogJoint, learning: bool = False
+        self, log_joint: LogJoint, learning: bool = False, hold_globals: bool = False
     ) -> tuple[dict[str, Tensor], Relaxed]:
         read = log_joint.layout
         values = self._start(log_joint)
@@ -301,13 +303,28 @@ class PredictiveCoding:
             jacobian=self.jacobian,
             noncentered=moved,
             tolerance=self.tolerance,
+            hold_globals=hold_globals,
         )
         self.gradient_evaluations += relaxed.num_gradients * max(1, read.num_rows)
+        return self._values(log_joint, relaxed.packed), relaxed
+
+    def _values(self, log_joint: LogJoint, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Constrained values of packed latents in the coordinates of the relaxation."""
         with torch.no_grad():
-            given, errors, _ = log_joint.unpack(relaxed.packed, moved)
+            given, errors, _ = log_joint.unpack(packed, self._noncentered(log_joint.layout))
             if errors:
                 given = log_joint.run(given, errors=errors, density=False).values
-        return {name: given[name].detach() for name in read.sites}, relaxed
+        return {name: given[name].detach() for name in log_joint.layout.sites}
+
+    def _moved_globals(self, log_joint: LogJoint, relaxed: Relaxed) -> dict[str, Tensor]:
+        """Values after one gradient step of the global latents at the relaxed rows."""
+        rate = 1.0 / log_joint.layout.scale if self.global_rate is None else self.global_rate
+        if self._curvature is None:
+            step = float(self.step_size)
+        else:
+            step = 1.0 / self._curvature["global"].clamp_min(1e-12)
+        moved = relaxed.packed["global"] - rate * step * relaxed.gradient["global"]
+        return self._values(log_joint, {**relaxed.packed, "global": moved})
 
     def _start(self, log_joint: LogJoint) -> dict[str, Tensor]:
         known = {} if self._globals is None else self._globals
@@ -357,20 +374,8 @@ class PredictiveCoding:
 
     def _keep_globals(self, log_joint: LogJoint, values: Mapping[str, Tensor]) -> None:
         group = log_joint.layout.group("global")
-        if group is None:
-            return
-        rate = self.global_rate
-        if rate is None:
-            rate = 1.0 / log_joint.layout.scale
-        fresh = group.pack(values)
-        if self._globals is None or rate == 1.0:
-            mixed = fresh
-        else:
-            mixed = group.pack(self._globals) * (1 - rate) + fresh * rate
-        self._globals = {
-            name: log_joint.layout.sites[name].constrain(value)[0].detach()
-            for name, value in group.unpack(mixed).items()
-        }
+        if group is not None:
+            self._globals = {site.name: values[site.name] for site in group.sites}
 
     def __repr__(self) -> str:
         """The regime of the relaxation, and which latents persist."""

@@ -116,6 +116,7 @@ def relax(
     jacobian: bool = True,
     noncentered: Collection[str] = (),
     tolerance: float = 0.0,
+    hold_globals: bool = False,
 ) -> Relaxed:
     """Relax packed latents by gradient descent on the energy.
 
@@ -129,6 +130,7 @@ def relax(
         jacobian: Whether the energy is that of unconstrained space.
         noncentered: Sites that are moved in standardized coordinates.
         tolerance: Stop when every gradient is smaller than this in absolute value.
+        hold_globals: Move the rows' latents only; the gradient of the held ones is still taken.
 
     Returns:
         The relaxed latents.
@@ -156,10 +158,11 @@ def relax(
             num_gradients += 2 * _POWER_ITERATIONS * len(state) + 1
         elif automatic:
             found = dict(step_size)
-        joint = "global" in state
+        moving = [name for name in state if not (hold_globals and name == "global")]
+        joint = "global" in moving
         if automatic:
             base = {
-                k: 1.0 / (_SAFETY * c.clamp_min(1e-12) * (2.0 if len(state) > 1 else 1.0))
+                k: 1.0 / (_SAFETY * c.clamp_min(1e-12) * (2.0 if len(moving) > 1 else 1.0))
                 for k, c in found.items()
             }
         else:
@@ -170,10 +173,10 @@ def relax(
         factor = torch.ones(units, dtype=rows.dtype, device=rows.device)
         done = 0
         for _ in range(num_steps):
-            if tolerance and all(bool((g.abs() <= tolerance).all()) for g in grads.values()):
+            if tolerance and all(bool((grads[k].abs() <= tolerance).all()) for k in moving):
                 break
-            step = {k: _expand(base[k] * factor, v) for k, v in state.items()}
-            trial = {k: v - step[k] * grads[k] for k, v in state.items()}
+            step = {k: _expand(base[k] * factor, state[k]) for k in moving}
+            trial = {k: v - step[k] * grads[k] if k in moving else v for k, v in state.items()}
             new_grads, new_rows, new_other = gradient(trial)
             num_gradients += 1
             done += 1
@@ -186,12 +189,21 @@ def relax(
             slack = 8 * torch.finfo(before.dtype).eps * (1 + before.abs())
             accepted = (after <= before + slack) & torch.isfinite(after)
             factor = torch.where(accepted, (factor * _GROWTH).clamp_max(1.0), factor * 0.5)
-            state = {k: _choose(accepted, trial[k], v) for k, v in state.items()}
-            grads = {k: _choose(accepted, new_grads[k], g) for k, g in grads.items()}
+            state = {
+                k: _choose(accepted, trial[k], v) if k in moving else v for k, v in state.items()
+            }
+            grads = {
+                k: _choose(accepted, new_grads[k], g) if k in moving else g
+                for k, g in grads.items()
+            }
             rows = torch.where(accepted, new_rows, rows)
             other = torch.where(accepted[0], new_other, other) if joint else new_other
         if not automatic:
             _check_finite(log_joint, rows, other, diverged=True)
+        if hold_globals and "global" in state:
+            # Rows were accepted one by one, so the gradient of what they share is taken at last.
+            grads, rows, other = gradient(state)
+            num_gradients += 1
     return Relaxed(state, rows, other, grads, factor, num_gradients, done)
 
 

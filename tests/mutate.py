@@ -1,0 +1,308 @@
+"""Inject one-line faults into the core, one at a time, and see the suite catch every one.
+
+    python tests/mutate.py            all faults, a few minutes
+    python tests/mutate.py jacobian   those whose name contains the word
+
+Each fault is made in a copy of the repository and run against the tests named beside it. A fault
+that survives is a hole in the tests: the script prints it and exits with 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line of one file, replaced."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+ENERGY = "tests/test_energy.py"
+EXACT = "tests/test_exact.py"
+GRID = "tests/test_grid_elbo.py"
+CODING = "tests/test_predictive_coding.py"
+SCORES = "tests/test_scores.py"
+TRAPS = "tests/test_traps.py"
+ROWS = "tests/test_rows_and_layout.py"
+FAMILIES = "tests/test_families.py"
+
+FAULTS = [
+    Fault(
+        "N/B stays in the rows",
+        "guides/energy.py",
+        "scale = scale / plate.scale",
+        "scale = scale * 1.0",
+        ENERGY,
+    ),
+    Fault(
+        "N/B is left out of the total",
+        "guides/energy.py",
+        "return self.layout.scale * rows.sum() + other",
+        "return rows.sum() + other",
+        ENERGY,
+    ),
+    Fault(
+        "the user's mask is ignored",
+        "guides/energy.py",
+        'scale, site["mask"])',
+        "scale, None)",
+        ENERGY,
+    ),
+    Fault(
+        "the Jacobian of the energy is dropped",
+        "guides/energy.py",
+        "        if jacobian:\n",
+        "        if False:\n",
+        ENERGY,
+    ),
+    Fault(
+        "the Jacobian of the energy has the wrong sign",
+        "guides/energy.py",
+        "rows = rows + log_det",
+        "rows = rows - log_det",
+        f"{ENERGY} {CODING}",
+    ),
+    Fault(
+        "the guide's density misses its Jacobian",
+        "guides/guide.py",
+        "density = -log_det",
+        "density = 0 * log_det",
+        GRID,
+    ),
+    Fault(
+        "the guide's density has its Jacobian upside down",
+        "guides/guide.py",
+        "density = -log_det",
+        "density = log_det",
+        GRID,
+    ),
+    Fault(
+        "draws miss the Jacobian of local sites",
+        "guides/draws.py",
+        "rows = rows - reduced",
+        "rows = rows",
+        GRID,
+    ),
+    Fault(
+        "a delta guide scores values with the Jacobian",
+        "guides/guide.py",
+        "self.jacobian = self.has_density if jacobian is None else jacobian",
+        "self.jacobian = True",
+        ENERGY,
+    ),
+    Fault(
+        "auxiliary and guide parameters share one name",
+        "guides/guide.py",
+        'return f"{cls.__name__.lower()}_{next(_COUNTER)}"',
+        'return f"{cls.__name__.lower()}"',
+        TRAPS,
+    ),
+    Fault(
+        "a copy keeps the name of the original",
+        "guides/guide.py",
+        'copied.__dict__["_pyro_name"] = _unique(type(self))',
+        'copied.__dict__["_pyro_name"] = self._pyro_name',
+        TRAPS,
+    ),
+    Fault(
+        "tables have the size of the minibatch",
+        "guides/schemes/local.py",
+        "init.expand(group.plate.size, -1)",
+        "init.expand(group.plate.num_rows, -1)",
+        TRAPS,
+    ),
+    Fault(
+        "tables ignore the index of their rows",
+        "guides/schemes/local.py",
+        "return self.table[index]",
+        "return self.table[: len(index)]",
+        TRAPS,
+    ),
+    Fault(
+        "the step goes up the energy",
+        "guides/inference/relaxation.py",
+        "v - step[k] * grads[k]",
+        "v + step[k] * grads[k]",
+        EXACT,
+    ),
+    Fault(
+        "the local step keeps N/B",
+        "guides/inference/relaxation.py",
+        "g / scale if g.dim() == 2 else g",
+        "g",
+        ENERGY,
+    ),
+    Fault(
+        "the curvature is that of the scaled energy",
+        "guides/inference/relaxation.py",
+        "factor = scale if value.dim() == 2 else 1.0",
+        "factor = 1.0",
+        ENERGY,
+    ),
+    Fault(
+        "rising energies are accepted",
+        "guides/inference/relaxation.py",
+        "accepted = (after <= before + slack) & torch.isfinite(after)",
+        "accepted = torch.ones_like(after, dtype=torch.bool)",
+        CODING,
+    ),
+    Fault(
+        "parameters learn one state too early",
+        "guides/inference/predictive_coding.py",
+        "rows, other = log_joint.run(values, expose_params=True).total()",
+        "rows, other = log_joint.run(self._start(log_joint), expose_params=True).total()",
+        CODING,
+    ),
+    Fault(
+        "gradients of parameters are carried over",
+        "guides/inference/predictive_coding.py",
+        "            zero_grads(learning)\n",
+        "",
+        CODING,
+    ),
+    Fault(
+        "globals chase the last minibatch",
+        "guides/inference/predictive_coding.py",
+        "rate = 1.0 / log_joint.layout.scale if self.global_rate is None else self.global_rate",
+        "rate = 1.0",
+        CODING,
+    ),
+    Fault(
+        "evaluate_loss keeps globals",
+        "guides/inference/predictive_coding.py",
+        "        _, relaxed = self._relax(log_joint)\n        return",
+        "        values, relaxed = self._relax(log_joint)\n"
+        "        self._keep_globals(log_joint, values)\n        return",
+        CODING,
+    ),
+    Fault(
+        "the arrow form forgets N/B",
+        "guides/inference/laplace_guide.py",
+        "- read.scale * explained",
+        "- explained",
+        CODING,
+    ),
+    Fault(
+        "the arrow form adds what it should subtract",
+        "guides/inference/laplace_guide.py",
+        "- read.scale * explained",
+        "+ read.scale * explained",
+        CODING,
+    ),
+    Fault(
+        "locals move with the globals the wrong way",
+        "guides/inference/laplace_guide.py",
+        "loc = loc - (gain",
+        "loc = loc + (gain",
+        CODING,
+    ),
+    Fault(
+        "the evidence forgets to average",
+        "guides/diagnostics/scores.py",
+        "estimate = first - math.log(num_samples)",
+        "estimate = first",
+        SCORES,
+    ),
+    Fault(
+        "the evidence averages logarithms",
+        "guides/diagnostics/scores.py",
+        "estimate = first - math.log(num_samples)",
+        "estimate = kept.mean(0)",
+        SCORES,
+    ),
+    Fault(
+        "k-hat of the inverse weights",
+        "guides/diagnostics/scores.py",
+        "result[i] = _psis(row - row.max())",
+        "result[i] = _psis(row.min() - row)",
+        SCORES,
+    ),
+    Fault(
+        "a joint weight passes for one a row",
+        "guides/draws.py",
+        "joint=has_global or outside or read.data_plate is None,",
+        "joint=outside,",
+        SCORES,
+    ),
+    Fault(
+        "nested plates are packed across rows",
+        "guides/sites.py",
+        "return value.movedim(rows, 0).reshape(value.shape[rows], self.size)",
+        "return value.reshape(value.shape[rows], self.size)",
+        ROWS,
+    ),
+    Fault(
+        "slices of slices count from zero",
+        "guides/rows.py",
+        "number = rows if plate.index is None else plate.index.to(rows.device)[rows]",
+        "number = rows",
+        ROWS,
+    ),
+    Fault(
+        "the flow's density misses its scale",
+        "guides/families/spline_coupling.py",
+        "return _standard_log_prob(e) + log_det - self.scale.log().sum(-1)",
+        "return _standard_log_prob(e) + log_det",
+        FAMILIES,
+    ),
+    Fault(
+        "errors are not weighted by precision",
+        "guides/location_scale.py",
+        "result = centered / base.scale**2",
+        "result = centered / base.scale",
+        ENERGY,
+    ),
+]
+
+
+def main() -> int:
+    """Run the faults; 0 if all were caught."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [fault for fault in FAULTS if word in fault.name]
+    survivors = []
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "repository"
+        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "records")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        for number, fault in enumerate(chosen, 1):
+            path = copy / fault.file
+            text = path.read_text()
+            if text.count(fault.right) < 1:
+                print(f"{number:3} STALE     {fault.name}: {fault.right!r} is not in {fault.file}")
+                survivors.append(fault)
+                continue
+            path.write_text(text.replace(fault.right, fault.wrong))
+            start = time.monotonic()
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+            run = subprocess.run(
+                [*command, *fault.tests.split()], cwd=copy, capture_output=True, text=True
+            )
+            path.write_text(text)
+            caught = run.returncode == 1
+            verdict = "caught" if caught else "SURVIVED"
+            print(
+                f"{number:3} {verdict:9} {fault.name} ({time.monotonic() - start:.0f} s)",
+                flush=True,
+            )
+            if not caught:
+                survivors.append(fault)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults caught")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
