@@ -192,9 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     after = rewritten(before)
     if options.check:
         old, new = before.splitlines(), after.splitlines()
-        print(
-            *difflib.unified_diff(old, new, "README.md", "generated", lineterm="", n=0), sep="\n"
-        )
+        for line in difflib.unified_diff(old, new, "README.md", "generated", lineterm="", n=0):
+            print(line)
         if before != after:
             print("README.md is not what docs/tables.py writes. The fix: make tables")
         return int(before != after)

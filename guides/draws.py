@@ -9,6 +9,7 @@ values by site, and log densities split into rows of the data plate and the rest
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -274,7 +275,10 @@ def over_draws(
         part = {name: value[start : start + chunk] for name, value in values.items()}
         if vectorized:
             try:
-                results.append(torch.func.vmap(function)(part))
+                with warnings.catch_warnings():
+                    # A missing batching rule costs time, not correctness.
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    results.append(torch.func.vmap(function)(part))
                 continue
             except RuntimeError:
                 # Control flow on values cannot be vectorized; a loop gives the same numbers.

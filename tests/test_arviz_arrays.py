@@ -9,11 +9,6 @@ import pytest
 from guides.diagnostics.arviz_arrays import Labeled, from_arrays
 from tests.arviz_core_check import CHECKS, conjugate, load_arrays, save_arrays
 
-pytestmark = pytest.mark.filterwarnings(
-    # 2026-11: ArviZ 0.23 announces its refactoring on the first import of each day.
-    r"ignore:\s*ArviZ is undergoing:FutureWarning"
-)
-
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_core(check):

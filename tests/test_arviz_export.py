@@ -24,11 +24,7 @@ from guides.energy import LogJoint
 from guides.inference import PredictiveCoding, laplace
 from tests import arviz_programs as programs
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    # 2026-11: ArviZ 0.23 announces its refactoring on the first import of each day.
-    pytest.mark.filterwarnings(r"ignore:\s*ArviZ is undergoing:FutureWarning"),
-]
+pytestmark = pytest.mark.usefixtures("float64")
 
 ALL_GROUPS = {
     "posterior",

@@ -19,14 +19,10 @@ from tests.arviz_core_check import save_arrays
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETER = os.environ.get("PYRO_ZOO_PY312")
 
-pytestmark = [
-    pytest.mark.skipif(
-        INTERPRETER is None,
-        reason="set PYRO_ZOO_PY312=$(python tests/arviz_py312_venv.py DIR) to test ArviZ 1.x",
-    ),
-    # 2026-11: ArviZ 0.23 announces its refactoring on the first import of each day.
-    pytest.mark.filterwarnings(r"ignore:\s*ArviZ is undergoing:FutureWarning"),
-]
+pytestmark = pytest.mark.skipif(
+    INTERPRETER is None,
+    reason="set PYRO_ZOO_PY312=$(python tests/arviz_py312_venv.py DIR) to test ArviZ 1.x",
+)
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

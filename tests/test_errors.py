@@ -267,6 +267,7 @@ PREDICTIVE_CODING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "step_size": ({"step_size": -0.1}, ValueError, "step_size must be"),
     "parameterization": ({"parameterization": "both"}, ValueError, "got 'both'"),
     "solver": ({"solver": "magic"}, ValueError, "got 'magic'"),
+    "newton_steps": ({"newton_steps": -2}, ValueError, "newton_steps must not be negative"),
     "global_rate": ({"global_rate": 2.0}, ValueError, "global_rate must be in"),
 }
 

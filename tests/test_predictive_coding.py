@@ -18,6 +18,7 @@ import guides
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding, laplace
 from guides.inference.laplace_guide import hessian
+from guides.inference.newton import newton
 from guides.inference.relaxation import relax
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -364,3 +365,31 @@ def test_gradients_are_counted() -> None:
     pc = PredictiveCoding(Decoder(), pyro.optim.SGD({"lr": 0.01}), num_steps=4, step_size=0.01)
     pc.step(x)
     assert pc.gradient_evaluations == 5 * (4 + 1 + 1)  # four updates, the start, the parameters
+
+
+def test_newton_steps_take_a_short_relaxation_to_the_mode() -> None:
+    """Ill-conditioned, with globals and constrained sites: gradients alone need thousands."""
+    x = torch.randn(20) + 3
+    short = PredictiveCoding(globals_and_locals, pyro.optim.SGD({}), num_steps=5)
+    posterior = short.posterior(x)
+    log_joint = LogJoint(globals_and_locals, (x,))
+    packed = {g.name: posterior.group_location(g, None) for g in log_joint.layout.groups}
+    gradient = torch.func.grad(lambda p: -log_joint.total(*log_joint.packed(p)))(packed)
+    assert max(float(g.abs().max()) for g in gradient.values()) < 1e-6
+    off = PredictiveCoding(globals_and_locals, pyro.optim.SGD({}), num_steps=5, newton_steps=0)
+    start = log_joint.layout.pack(off.infer(x))
+    assert max(float((packed[g] - start[g]).abs().max()) for g in packed) > 0.01
+
+
+def test_newton_steps_leave_a_saddle() -> None:
+    """At z = 0 the gradient of a double well vanishes and its curvature is negative."""
+
+    def well(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z**2, 0.5), obs=x)
+
+    x = torch.tensor([4.0, 1.0])
+    log_joint = LogJoint(well, (x,))
+    settled, _ = newton(log_joint, {"data": torch.full((2, 1), 1e-3)}, num_steps=30)
+    assert torch.allclose(settled["data"][:, 0] ** 2, x - 0.125, atol=1e-6)

@@ -15,6 +15,7 @@ Gaussian model at its mode this is the posterior, and its evidence is log p(x).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,7 +84,10 @@ def _columns(
     product: Callable[..., Any], directions: dict[str, Tensor], size: int
 ) -> dict[str, Tensor]:
     try:
-        return torch.func.vmap(lambda v: product(v)[0])(directions)
+        with warnings.catch_warnings():
+            # A missing batching rule costs time, not correctness.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.func.vmap(lambda v: product(v)[0])(directions)
     except RuntimeError:
         # Operations without a batching rule still have single products.
         rows = [product({k: v[i] for k, v in directions.items()})[0] for i in range(size)]

@@ -33,6 +33,7 @@ from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
 from guides.inference.checks import capture, check_ownership, warn_frozen
 from guides.inference.laplace_guide import Laplace, laplace
+from guides.inference.newton import newton
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
 from guides.inference.running import Run, Stop, run
 from guides.layout import Layout, layout
@@ -85,6 +86,8 @@ class PredictiveCoding:
         tolerance: Stop a relaxation when every gradient is below it.
         global_rate: With a minibatch, step of the persistent global latents relative to that of
             their curvature; by default B/N, which makes an epoch one full step.
+        newton_steps: Newton steps at most that :meth:`posterior` takes from the relaxed state to
+            the mode; 0 for none.
 
     Attributes:
         gradient_evaluations: Gradients of one row's log joint so far, Hessian products counted
@@ -116,6 +119,7 @@ class PredictiveCoding:
         data_plate: str | None = "auto",
         tolerance: float = 0.0,
         global_rate: float | None = None,
+        newton_steps: int = 20,
     ) -> None:
         if not isinstance(optim, pyro.optim.PyroOptim):
             raise TypeError(
@@ -132,6 +136,8 @@ class PredictiveCoding:
             )
         if solver != "gradient":
             raise ValueError(f'solver must be "gradient", got {solver!r}.')
+        if newton_steps < 0:
+            raise ValueError(f"newton_steps must not be negative, got {newton_steps}.")
         if global_rate is not None and not 0 < global_rate <= 1:
             raise ValueError(f"global_rate must be in (0, 1], got {global_rate}.")
         self.model = model
@@ -144,6 +150,7 @@ class PredictiveCoding:
         self.data_plate = data_plate
         self.tolerance = tolerance
         self.global_rate = global_rate
+        self.newton_steps = newton_steps
         self.gradient_evaluations = 0
         self.frozen: list[str] = []
         self._globals: dict[str, Tensor] | None = None
@@ -198,7 +205,10 @@ class PredictiveCoding:
         return self._relax(self._log_joint(args, kwargs))[0]
 
     def posterior(self, *args: Any, **kwargs: Any) -> Laplace:
-        """Relax, and take the Laplace posterior with the exact Hessian there.
+        """Relax, go on to the mode, and take the Laplace posterior with the exact Hessian there.
+
+        A Laplace posterior is one of the mode, which a relaxation of a few steps only nears:
+        Newton steps (:mod:`guides.inference.newton`) take the latents there.
 
         Returns:
             A guide for the rows of this call. With global latents its precision has arrow form;
@@ -210,6 +220,15 @@ class PredictiveCoding:
         log_joint = self._log_joint(args, kwargs)
         values, _ = self._relax(log_joint)
         layout_ = log_joint.layout
+        if self.newton_steps:
+            packed, count = newton(
+                log_joint,
+                layout_.pack(values),
+                num_steps=self.newton_steps,
+                jacobian=self.jacobian,
+            )
+            values = layout_.constrain(packed)
+            self.gradient_evaluations += count * max(1, layout_.num_rows)
         size = sum(group.size for group in layout_.groups)
         self.gradient_evaluations += 2 * size * max(1, layout_.num_rows)
         plate = None if layout_.data_plate is None else layout_.data_plate.name
