@@ -56,7 +56,7 @@ def checks(table: Standings) -> str:
         items.append(
             f'<li><span class="{cls}" aria-hidden="true">{sign}</span><span>'
             f"{escape(check.higher)} {MINUS} {escape(check.lower)} = "
-            f'<span class="num">{signed(check.difference.value)} ± '
+            f'<span class="num nowrap">{signed(check.difference.value)} ± '
             f"{2 * check.difference.standard_error:.3f}</span>"
             f"{'' if check.holds else ' (violates the order)'}</span></li>"
         )

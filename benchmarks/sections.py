@@ -82,9 +82,7 @@ def task_facts(about: Record, runs: Sequence[Record]) -> str:
         "Held-out shape": _shapes(about.get("held_out_shapes", [])),
         "Scores are of": about.get("scored", ""),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
-        "Updates": f"{budget.get('num_steps', '?')} for every method, "
-        f"{budget.get('num_particles', '?')} draws of the objective in each"
-        + (f", {budget['batch_size']} rows a batch" if budget.get("batch_size") else ", all rows"),
+        "Updates": _updates(budget),
         "Draws of scores": f"ELBO {budget.get('num_samples')}, evidence K = "
         f"{budget.get('num_evidence_samples')}, k̂ {budget.get('num_khat_samples')} per row",
         "Truth": _tiers(runs),
@@ -97,6 +95,15 @@ def task_facts(about: Record, runs: Sequence[Record]) -> str:
 
 def _shapes(shapes: Sequence[Sequence[int]]) -> str:
     return ", ".join(f" {TIMES} ".join(map(str, shape)) or "scalar" for shape in shapes)
+
+
+def _updates(budget: Record) -> str:
+    draws = budget.get("num_particles", 1)
+    rows = f"{budget['batch_size']} training rows" if budget.get("batch_size") else "all rows"
+    return (
+        f"{budget.get('num_steps', '?')} for every method, each on {rows} with "
+        f"{draws} {'draw' if draws == 1 else 'draws'} of the guide"
+    )
 
 
 def _tiers(runs: Sequence[Record]) -> str:

@@ -7,13 +7,13 @@ richer amortized families or for joint training, where none is guaranteed.
 
 from __future__ import annotations
 
+import itertools
+
 import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
-
-import itertools
 
 import guides
 import zoo
