@@ -25,7 +25,7 @@ class Budget:
         lr_decay: Step sizes fall geometrically to this fraction at the last update.
         relaxation_steps: Gradient steps of predictive coding on the latents in one update.
         inference_steps: Gradient steps of predictive coding where it is only asked for a
-            posterior, which needs the mode.
+            posterior; Newton steps to the mode follow.
         num_samples: Draws behind an ELBO, a row.
         num_khat_samples: Draws behind a Pareto k-hat, a row.
         num_evidence_samples: K of the importance-weighted evidence, a row.
@@ -46,7 +46,7 @@ class Budget:
     weight_decay: float = 0.0
     lr_decay: float = 0.05
     relaxation_steps: int = 20
-    inference_steps: int = 500
+    inference_steps: int = 100
     num_samples: int = 400
     num_khat_samples: int = 1000
     num_evidence_samples: int = 5000
@@ -73,7 +73,6 @@ class Budget:
             return replace(
                 self,
                 num_steps=max(1, self.num_steps * 2 // 5),
-                inference_steps=max(1, self.inference_steps // 2),
                 num_evidence_samples=min(self.num_evidence_samples, 1000),
             )
         if name == "smoke":
@@ -81,7 +80,7 @@ class Budget:
                 self,
                 num_steps=min(self.num_steps, 20),
                 relaxation_steps=min(self.relaxation_steps, 5),
-                inference_steps=min(self.inference_steps, 200),
+                inference_steps=min(self.inference_steps, 20),
                 num_samples=min(self.num_samples, 20),
                 num_khat_samples=min(self.num_khat_samples, 100),
                 num_evidence_samples=min(self.num_evidence_samples, 100),

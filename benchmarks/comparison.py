@@ -13,7 +13,7 @@ from benchmarks.budget import Budget
 from benchmarks.differences import Estimate, paired
 from benchmarks.records import Records, append
 from benchmarks.standings import Standings, standings
-from benchmarks.table import text_table
+from benchmarks.table import html_table, text_table
 from benchmarks.task import Task
 
 __all__ = ["Comparison", "compare"]
@@ -105,6 +105,9 @@ class Comparison:
         return text_table(self.records)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self.records)
 
 
 def compare(

@@ -151,7 +151,7 @@ def _fit(bench: Workbench, method: Method, regime: str) -> tuple[Program, dict[s
         watch = bench.train if regime == "joint" else bench.scored
         loop, trained = bench.run_fit(method, program, guide, bench.train, "fit", watch=watch)
         if not (refit or method.relaxes):
-            posterior = bench.posterior(method, frozen(bench.model), guide, loop, bench.scored)
+            posterior = _scored(bench, method, guide, loop, trained)
     if method.relaxes:
         posterior, fitted = bench.relax(bench.scored)
     elif refit:
@@ -160,7 +160,7 @@ def _fit(bench: Workbench, method: Method, regime: str) -> tuple[Program, dict[s
         loop, fitted = bench.run_fit(
             method, fixed, guide, bench.scored, "refit", watch=bench.scored
         )
-        posterior = bench.posterior(method, fixed, guide, loop, bench.scored)
+        posterior = _scored(bench, method, guide, loop, fitted)
     if posterior is None:
         raise ValueError(f"Method '{method.name}' ended without a posterior.")
     return posterior, {
@@ -176,6 +176,16 @@ def _fit(bench: Workbench, method: Method, regime: str) -> tuple[Program, dict[s
         "curve_rows": watched,
         "refitted": refit,
     }
+
+
+def _scored(
+    bench: Workbench, method: Method, guide: Program | None, loop: Any, meter: Meter
+) -> Program:
+    """Return the guide to be scored; free points go the last steps to their mode first."""
+    program = frozen(bench.model)
+    if method.point and method.refit and guide is not None:
+        return bench.at_mode(program, guide, bench.scored, meter)
+    return bench.posterior(method, program, guide, loop, bench.scored)
 
 
 def _belongs_to_its_rows(method: Method, guide: Program) -> bool:

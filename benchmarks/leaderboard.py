@@ -79,11 +79,7 @@ def leaderboard(table: Standings, name: str, stale: set[str]) -> str:
             [_short(place.score(other)) for place in places],
             _ranks([_number(place.score(other)) for place in places], rising=False),
         ),
-        Column(
-            "k̂ > 0.7",
-            [_share(place.khat_above) for place in places],
-            _ranks([place.khat_above for place in places], rising=True),
-        ),
+        _tails(table),
         Column(
             "Gradient evals",
             [compact(place.gradient_evaluations) for place in places],
@@ -99,6 +95,16 @@ def leaderboard(table: Standings, name: str, stale: set[str]) -> str:
     classes = ["base" if place.method == table.baseline else "" for place in places]
     caption = f"Leaderboard, {table.task}, {table.regime}"
     return sortable(name, caption, columns, classes, chosen=2)
+
+
+def _tails(table: Standings) -> Column:
+    """The share of rows with a large k-hat, or the k-hat of joint weights."""
+    if table.joint_score:
+        khats = [place.khat for place in table.places]
+        cells = [DASH if math.isnan(khat) else f"{khat:.2f}" for khat in khats]
+        return Column("k̂", cells, _ranks(khats, rising=True))
+    shares = [place.khat_above for place in table.places]
+    return Column("k̂ > 0.7", [_share(item) for item in shares], _ranks(shares, rising=True))
 
 
 def _name(place: Place, stale: set[str]) -> str:

@@ -84,7 +84,7 @@ def task_facts(about: Record, runs: Sequence[Record]) -> str:
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
         "Updates": _updates(budget),
         "Draws of scores": f"ELBO {budget.get('num_samples')}, evidence K = "
-        f"{budget.get('num_evidence_samples')}, k̂ {budget.get('num_khat_samples')} per row",
+        f"{budget.get('num_evidence_samples')}, k̂ {budget.get('num_khat_samples')}",
         "Truth": _tiers(runs),
     }
     items = "".join(

@@ -147,52 +147,65 @@ class Workbench:
                 autoguide = isinstance(guide, AutoGuide)
                 point = guide.median if autoguide else guide.locations  # type: ignore[attr-defined]
                 values = point(*args, **kwargs)
-            return _program(
-                laplace(program, values, args, kwargs, data_plate=self.task.data_plate)
-            )
+            plate = self.task.data_plate
+            return _program(laplace(program, values, args, kwargs, data_plate=plate))
         return guide
 
-    def relax(self, call: Call) -> tuple[Program, Meter]:
-        """Relax to the mode, the model fixed: a fresh relaxation for every point of the curve.
+    def at_mode(self, program: Program, guide: Program, call: Call, meter: Meter) -> Program:
+        """Return the Laplace guide of a fitted point, brought to the mode that it nears.
 
-        Where the longest of them ends at no mode yet (a Hessian that is not positive definite),
-        it is made twice as long, up to eight times; the cost is that of the one that succeeded.
+        A Laplace posterior is one of the mode. Free points are a few Newton steps from it; the
+        point of an encoder is not, and stays where it is.
         """
+        return self._relaxed(program, call, 0, meter, guide=guide)
+
+    def relax(self, call: Call) -> tuple[Program, Meter]:
+        """Relax to the mode, the model fixed: a fresh relaxation for every point of the curve."""
         meter = Meter()
-        total = self.budget.inference_steps
+        program = frozen(self.model)
         posterior: Program | None = None
-        for steps in sorted(self.checkpoints(total) | {total}):
+        total = self.budget.inference_steps
+        for steps in sorted(self.checkpoints(total)):
             try:
-                posterior = self._relaxed(call, steps, meter)
+                posterior = self._relaxed(program, call, steps, meter)
             except IndefiniteHessianError:
-                posterior = None
-            self.tick("relax", steps / total)
-        for doubling in (2, 4, 8):
-            if posterior is not None:
-                return posterior, meter
-            try:
-                posterior = self._relaxed(call, doubling * total, meter)
-            except IndefiniteHessianError:
-                if doubling == 8:
+                if steps == total:
                     raise
+            self.tick("relax", steps / total)
         return _program(posterior), meter
 
-    def _relaxed(self, call: Call, steps: int, meter: Meter) -> Program:
-        """Relax for a number of steps, and note its cost and its point of the curve."""
+    def _relaxed(
+        self,
+        program: Program,
+        call: Call,
+        steps: int,
+        meter: Meter,
+        guide: Program | None = None,
+    ) -> Program:
+        """Relax for a number of steps, go to the mode, and note the cost on the curve."""
         args, kwargs = call
-        plate = self.task.data_plate
         loop = PredictiveCoding(
-            frozen(self.model), make_optim(self.budget, 1), num_steps=steps, data_plate=plate
+            program,
+            make_optim(self.budget, 1),
+            guide,
+            num_steps=steps,
+            data_plate=self.task.data_plate,
         )
         start = time.perf_counter()
         posterior = _program(loop.posterior(*args, **kwargs))
-        meter.seconds = time.perf_counter() - start
-        meter.gradient_evaluations = int(loop.gradient_evaluations)
-        samples = self.budget.num_curve_samples
-        value = elbo_estimate(frozen(self.model), posterior, *call, samples, plate)
+        seconds = time.perf_counter() - start
+        cost = int(loop.gradient_evaluations)
+        if guide is None:
+            # Each relaxation begins anew; what counts is the last.
+            meter.seconds, meter.gradient_evaluations = seconds, cost
+        else:
+            meter.seconds += seconds
+            meter.gradient_evaluations += cost
+        samples, plate = self.budget.num_curve_samples, self.task.data_plate
+        value = elbo_estimate(program, posterior, *call, samples, plate)
         meter.curve.append(
             {
-                "step": steps,
+                "step": steps if guide is None else self.budget.num_steps + 1,
                 "gradient_evaluations": meter.gradient_evaluations,
                 "seconds": round(meter.seconds, 3),
                 "elbo": round(value, 4),

@@ -71,6 +71,7 @@ def draw(
     *,
     num_samples: int,
     data_plate: str | None = "auto",
+    indices: Mapping[str, Tensor] | None = None,
 ) -> Draws:
     """Draw from a guide, without gradients.
 
@@ -81,6 +82,7 @@ def draw(
         kwargs: Keyword arguments of the call.
         num_samples: Number of draws S.
         data_plate: See :func:`guides.layout.layout`; a guide of this package brings its own.
+        indices: Row numbers for a plate that the program subsamples at random.
 
     Returns:
         The draws with both log densities.
@@ -94,13 +96,13 @@ def draw(
     with torch.no_grad():
         if isinstance(guide, ProgramGuide):
             values, log_q_rows, log_q_global, read = _draw_program_guide(
-                guide, args, kwargs, num_samples
+                guide, args, kwargs, num_samples, indices
             )
             outside = False
             if guide.model is not model:
                 _check_same_program(guide, model, args, kwargs)
         else:
-            read = layout(model, args, kwargs, data_plate=data_plate)
+            read = layout(model, args, kwargs, data_plate=data_plate, indices=indices)
             values, log_q_rows, log_q_global, outside = _draw_any_guide(
                 model, guide, args, kwargs, read, num_samples
             )
@@ -120,7 +122,11 @@ def draw(
 
 
 def _draw_program_guide(
-    guide: ProgramGuide, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int
+    guide: ProgramGuide,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_samples: int,
+    indices: Mapping[str, Tensor] | None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Layout]:
     if not guide.has_density:
         raise ValueError(
@@ -128,7 +134,7 @@ def _draw_program_guide(
             "importance weights. Score the Laplace posterior at its point: "
             "guides.inference.laplace(model, guide.locations(...), args, kwargs)."
         )
-    packed, log_q, read = guide.rsample_packed(num_samples, *args, **kwargs)
+    packed, log_q, read = guide.rsample_packed(num_samples, args, kwargs, indices)
     some = next(iter(packed.values()))
     rows = some.new_zeros(num_samples, read.num_rows)
     other = some.new_zeros(num_samples)
@@ -223,13 +229,23 @@ def _check_density(terms: SiteTerms, read: Layout) -> None:
         fn = unwrap(terms.fns[name])
         return type(fn).__name__ == "Delta" and not bool(torch.as_tensor(fn.log_density).any())
 
-    auxiliary = [name for name in terms.values if name not in read.sites]
-    if not auxiliary and read.sites and all(point(name) for name in read.sites):
+    # A latent that is a point without any auxiliary draw that it could follow has no density.
+    auxiliary = [name for name in terms.values if name not in read.sites and not point(name)]
+    points = [name for name in read.sites if point(name)]
+    if points and (not auxiliary or any(_stands_alone(name, terms) for name in points)):
         raise ValueError(
-            "This guide is a point mass at every latent: it has no density, so it has no ELBO, "
+            f"This guide is a point mass at {points[0]!r}: it has no density, so it has no ELBO, "
             "evidence or importance weights. Score the Laplace posterior at its point: "
             "guides.inference.laplace(model, values, args, kwargs)."
         )
+
+
+def _stands_alone(name: str, terms: SiteTerms) -> bool:
+    """Whether a Delta's value does not move with anything that was drawn (an AutoDelta part)."""
+    others = [other for other in terms.values if other not in terms.layout.sites]
+    own = [other for other in others if other.startswith((name, f"_{name}"))]
+    # AutoNormal draws "<site>_unconstrained" beside every site; joint guides draw one for all.
+    return not own and any(other.endswith("_unconstrained") for other in others)
 
 
 def _draws_rows_outside(terms: SiteTerms, read: Layout) -> bool:
@@ -244,9 +260,9 @@ def _draws_rows_outside(terms: SiteTerms, read: Layout) -> bool:
         return False
     # Auxiliary sites outside the plate are harmless only as the draws of global latents: the
     # local ones must then have their randomness inside the plate.
-    random = {name for name in set(terms.terms) - outside - set(read.sites)}
-    random |= {name for name in local if type(unwrap(terms.fns[name])).__name__ != "Delta"}
-    return read.group("global") is None or (bool(local) and not random)
+    inside = set(terms.terms) - outside - set(read.sites)
+    points = any(type(unwrap(terms.fns[name])).__name__ == "Delta" for name in local)
+    return read.group("global") is None or (points and not inside)
 
 
 def over_draws(

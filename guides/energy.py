@@ -21,7 +21,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from guides import location_scale
-from guides.layout import Layout, layout
+from guides.layout import Layout
+from guides.layout import layout as read_layout
 from guides.probe import Program
 
 __all__ = ["LogJoint", "SiteTerms"]
@@ -61,6 +62,7 @@ class SiteTerms(Messenger):
         self.complete = complete
         self.indices = layout.indices
         self.values: dict[str, Tensor] = {}
+        self.masks: dict[str, Any] = {}
         self.terms: dict[str, Tensor] = {}
         self.fns: dict[str, Any] = {}
 
@@ -93,6 +95,7 @@ class SiteTerms(Messenger):
         name = site["name"]
         self.values[name] = site["value"]
         self.fns[name] = site["fn"]
+        self.masks[name] = site["mask"]
         if not self.density:
             return
         plate = self.layout.data_plate
@@ -176,7 +179,9 @@ class LogJoint:
         self.model = model
         self.args = args
         self.kwargs = {} if kwargs is None else kwargs
-        self.layout = _layout(model, args, self.kwargs, data_plate) if layout is None else layout
+        if layout is None:
+            layout = read_layout(model, args, self.kwargs, data_plate=data_plate)
+        self.layout = layout
 
     def run(
         self,
@@ -261,6 +266,35 @@ class LogJoint:
                     log_dets[site.name] = site.rows(log_det)
         return values, errors, log_dets
 
+    def check_rows(self, packed: Mapping[str, Tensor], *, jacobian: bool = True) -> None:
+        """Raise where the latents of a row reach another row, or a term outside the data plate.
+
+        Rows that talk to each other relax, and are weighted, wrongly one by one.
+
+        Args:
+            packed: Where to look, ``{group: (B, K) or (K,)}``.
+            jacobian: As in :meth:`packed`.
+        """
+        if "data" not in packed:
+            return
+
+        def others(local: Tensor) -> tuple[Tensor, Tensor]:
+            rows, other = self.packed({**packed, "data": local}, jacobian=jacobian)
+            return rows[0], other
+
+        with torch.no_grad():
+            # Off the given point, where a coupling may happen to be flat.
+            steps = torch.arange(1, packed["data"].numel() + 1).to(packed["data"])
+            point = packed["data"] + 0.1 * torch.sin(steps).reshape(packed["data"].shape)
+            first = torch.func.grad(lambda local: others(local)[0])(point)
+            outside = torch.func.grad(lambda local: others(local)[1])(point)
+        if bool((first[1:] != 0).any()) or bool((outside != 0).any()):
+            raise ValueError(
+                f"Rows of plate {self.layout.data_plate.name!r} are coupled: the latents of one "
+                "row reach another row, or a site outside the plate (batch normalization does "
+                "so, too). Pass data_plate=None, which takes all latents as one group."
+            )
+
     def total(self, rows: Tensor, other: Tensor) -> Tensor:
         """The log joint of all N rows: rows scaled by N/B, plus the terms outside the plate."""
         return self.layout.scale * rows.sum() + other
@@ -285,9 +319,3 @@ class LogJoint:
         with torch.no_grad():
             fns = self.run(values, density=False).fns
             return {name: location_scale.inverse(fns[name], values[name]) for name in names}
-
-
-def _layout(
-    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], data_plate: str | None
-) -> Layout:
-    return layout(model, args, kwargs, data_plate=data_plate)

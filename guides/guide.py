@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from guides.families.family import Family
 from guides.layout import Layout, layout
+from guides.location_scale import is_location_scale, location
 from guides.probe import Program
 from guides.schemes.local import Local
 from guides.schemes.scheme import Call, Scheme
 from guides.sites import Group, Site
+from guides.supports import support_numbers
 
 __all__ = ["Guide", "ProgramGuide"]
 
@@ -74,6 +76,14 @@ class ProgramGuide(PyroModule):
         super().__init__(_unique(type(self)) if name is None else name)
         self._reference = _Reference(model)
         first = layout(model, args, kwargs, data_plate=data_plate, check=True)
+        with torch.enable_grad():
+            graph = layout(model, args, kwargs, data_plate=data_plate, gradients=True)
+        # q must follow a support that the model learns, with its gradient.
+        self._learned_support = any(
+            number.requires_grad
+            for site in graph.sites.values()
+            for number in support_numbers(site.fn.support)
+        )
         if not first.groups:
             raise ValueError("The model has no latent sites, so there is nothing to infer.")
         self.data_plate = None if first.data_plate is None else first.data_plate.name
@@ -158,20 +168,26 @@ class ProgramGuide(PyroModule):
             )
 
     def rsample_packed(
-        self, num_samples: int, *args: Any, **kwargs: Any
+        self,
+        num_samples: int,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        indices: Mapping[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Layout]:
         """Draws in packed, unconstrained space, all at once.
 
         Args:
             num_samples: Number of draws S.
-            *args: Positional arguments of the model.
-            **kwargs: Keyword arguments of the model.
+            args: Positional arguments of the model.
+            kwargs: Keyword arguments of the model.
+            indices: Row numbers for a plate that the program subsamples at random.
 
         Returns:
             Draws by group, ``(S, B, K)`` or ``(S, K)``; their log densities in unconstrained
             space, ``(S, B)`` or ``(S,)``; the layout of the call.
         """
-        read = self._layout(args, kwargs, None)
+        kwargs = {} if kwargs is None else kwargs
+        read = self._layout(args, kwargs, indices)
         call = Call(self.model, args, dict(kwargs), read)
         draws: dict[str, Tensor] = {}
         log_q: dict[str, Tensor] = {}
@@ -216,6 +232,7 @@ class ProgramGuide(PyroModule):
             data_plate=self.data_plate,
             latents=self.latents,
             indices=indices,
+            gradients=self._learned_support and torch.is_grad_enabled(),
         )
         unknown = [name for name in probe.simulated if name not in self._observed]
         if unknown:
@@ -317,12 +334,13 @@ class Guide(ProgramGuide):
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
         super().__init__(model, args, kwargs, data_plate=data_plate, name=name)
         call = Call(model, args, kwargs, self._example)
+        self._example_call = (args, kwargs)
         families, schemes = {}, {}
         for group in self._example.groups:
             member = family(group.size).to(group.device)
             if group.dtype.is_floating_point:
                 member = member.to(group.dtype)
-            start = torch.zeros(group.size, dtype=group.dtype, device=group.device)
+            start = _start(group)
             make = Local if group.plate is None else scheme
             families[group.name] = member
             schemes[group.name] = make(member.init(start), group, call).to(group.device)
@@ -337,10 +355,13 @@ class Guide(ProgramGuide):
             )
         self.jacobian = self.has_density if jacobian is None else jacobian
         self._check(scheme)
+        del self._example_call
 
     def _check(self, scheme: Any) -> None:
         example = self._example
         amortizing = getattr(getattr(scheme, "func", scheme), "amortized", False)
+        if not amortizing:
+            _check_subsample_is_used(self, example)
         if amortizing and "data" not in self.schemes:
             if example.ambiguous:
                 raise ValueError(
@@ -402,6 +423,42 @@ class Guide(ProgramGuide):
             f"external points: {_yes(external and self.has_density)}, minibatches: yes"
         )
         return "Guide(\n" + "\n".join(lines) + "\n)"
+
+
+def _check_subsample_is_used(guide: ProgramGuide, example: Layout) -> None:
+    """A subsample that the program draws but whose rows it ignores names no rows at all."""
+    plate = example.data_plate
+    if plate is None or not plate.random or not example.observed:
+        return
+    moved = guide._layout(
+        guide._example_call[0],
+        guide._example_call[1],
+        {plate.name: (plate.index + 1) % plate.size},
+    )
+    if all(torch.equal(moved.observed[n].value, o.value) for n, o in example.observed.items()):
+        raise ValueError(
+            f"Plate {plate.name!r} draws {plate.num_rows} of {plate.size} rows at random, but the "
+            "data of the call do not follow the draw, so which rows they are is not known. Use "
+            "the drawn rows (`with pyro.plate(...) as rows: ... obs=x[rows]`), or pass their "
+            "numbers: subsample=index."
+        )
+
+
+def _start(group: Group) -> Tensor:
+    """Where q starts, in unconstrained space: at the priors' locations, a little off.
+
+    At an exactly symmetric point the components of a mixture, or the factors of a product, have
+    equal gradients and would never part.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = 0.1 * torch.randn(group.size, generator=generator, dtype=torch.float64)
+    start = start.to(dtype=group.dtype, device=group.device)
+    for site, part in group.slices():
+        if is_location_scale(site.fn):
+            loc = site.flatten(location(site.fn).detach()).to(start)
+            loc = loc.mean(0) if group.plate is not None else loc
+            start[part] += torch.where(torch.isfinite(loc), loc, 0.0)
+    return start
 
 
 def _yes(flag: bool) -> str:

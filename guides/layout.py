@@ -109,6 +109,7 @@ def layout(
     latents: Iterable[str] | None = None,
     indices: Mapping[str, Tensor] | None = None,
     check: bool = False,
+    gradients: bool = False,
 ) -> Layout:
     """Read the layout of ``model(*args, **kwargs)``.
 
@@ -127,6 +128,8 @@ def layout(
         indices: Row numbers for plates that the program subsamples at random.
         check: Trace once more with the latents moved, and raise where a support or the
             structure of the program depends on a latent.
+        gradients: Keep the graph from parameters to supports, for programs that learn the
+            support of a latent.
 
     Returns:
         The layout of this call.
@@ -150,7 +153,7 @@ def layout(
     kwargs = {} if kwargs is None else kwargs
     names = None if latents is None else frozenset(latents)
     _check_materialized(model)
-    first = probe(model, args, kwargs, indices or {}, names)
+    first = probe(model, args, kwargs, indices or {}, names, gradients=gradients)
     result = _read(first, data_plate, names)
     if check:
         moved = probe(model, args, kwargs, result.indices, names, offset=0.37)
@@ -172,6 +175,12 @@ def _read(read: Probe, data_plate: str | None, names: frozenset[str] | None) -> 
     plates: dict[str, Plate] = {}
     for site in read.sites.values():
         for frame in site["cond_indep_stack"]:
+            if not frame.vectorized and frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"Sequential plate {frame.name!r} is subsampled ({frame.size} of "
+                    f"{frame.full_size}). Vectorize it: `with pyro.plate(...)` in place of the "
+                    "loop."
+                )
             if frame.vectorized and frame.name not in plates:
                 plates[frame.name] = _plate(frame, read)
     latent = {
@@ -196,7 +205,7 @@ def _read(read: Probe, data_plate: str | None, names: frozenset[str] | None) -> 
         if site["value"].is_floating_point() and torch.isnan(site["value"]).any():
             raise ValueError(
                 f"Observed site {name!r} contains NaN. Fill missing entries with any value in the "
-                "support and switch them off with poutine.mask (or obs_mask)."
+                "support and switch them off with poutine.mask."
             )
     sites = {name: _latent_site(name, site, plates, row_plate) for name, site in latent.items()}
     groups = [

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from guides.supports import check_support, feasible
+from guides.supports import check_data, check_support, feasible
 
 __all__ = ["Probe", "Program", "probe"]
 
@@ -40,14 +40,19 @@ class Probe(Messenger):
             if random and name in self.indices:
                 msg["value"] = self.indices[name]
             self.subsamples[name] = (msg, explicit, random)
-        elif not msg["is_observed"] and (self.latents is None or name in self.latents):
+        elif msg["is_observed"]:
+            return
+        elif self.latents is None or name in self.latents:
             check_support(name, msg["fn"])
             if msg["value"] is None:
                 msg["value"] = feasible(name, msg["fn"], self.offset)
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if not site_is_subsample(msg):
-            self.sites[msg["name"]] = msg.copy()
+        if site_is_subsample(msg):
+            return
+        if msg["is_observed"] and not msg["infer"].get("_deterministic", False):
+            check_data(msg["name"], msg["fn"], msg["value"], msg["mask"])
+        self.sites[msg["name"]] = msg.copy()
 
 
 def _is_full(fn: Any) -> bool:
@@ -55,10 +60,10 @@ def _is_full(fn: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No gradients, random state restored, nothing seen by handlers outside."""
+def _undisturbed(gradients: bool) -> Iterator[None]:
+    """No gradients by default, random state restored, nothing seen by handlers outside."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(gradients), poutine.block():
         yield
 
 
@@ -69,6 +74,7 @@ def probe(
     indices: Mapping[str, Tensor],
     latents: frozenset[str] | None,
     offset: float = 0.0,
+    gradients: bool = False,
 ) -> Probe:
     """Run the program once under a :class:`Probe`, blocked and without gradients.
 
@@ -78,14 +84,15 @@ def probe(
         kwargs: Its keyword arguments.
         indices: Row numbers for plates that the program subsamples at random.
         latents: Names of the latent sites; None for every unobserved site.
-        offset: Unconstrained value of every latent.
+        offset: Unconstrained value around which every latent is set.
+        gradients: Keep the graph, for programs that learn the support of a latent.
 
     Returns:
         The probe, with every site written down.
     """
     reader = Probe(indices, latents, offset)
     try:
-        with _undisturbed(), reader:
+        with _undisturbed(gradients), reader:
             model(*args, **kwargs)
     except ZeroDivisionError as error:
         if str(error) != "size cannot be zero":

@@ -140,29 +140,42 @@ def take_rows(
         and ``index``, they tell its plate the full size and the numbers of the rows.
     """
     axes = data_args_of(model, args, kwargs, layout, data_args)
+    if not axes:
+        raise ValueError(
+            f"No argument of the call has an axis of {layout.num_rows} rows, so it cannot be "
+            "sliced. State the arguments that hold rows: data_args={name: axis}."
+        )
     plate = layout.data_plate
-    function = model.forward if isinstance(model, nn.Module) else model
-    try:
-        parameters = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        parameters = []
+    parameters = _parameters(model)
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
 
     def sliced(name: str, value: Any) -> Any:
         return value.index_select(axes[name], rows.to(value.device)) if name in axes else value
 
-    names = [name for name in parameters if name not in kwargs] if parameters else []
+    names = positional[: len(args)]
+    # What lands in *args is named by its number, as in `bind`.
     names += [str(i) for i in range(len(names), len(args))]
-    new_args = [sliced(name, value) for name, value in zip(names, args, strict=False)]
+    new_args = [sliced(name, value) for name, value in zip(names, args, strict=True)]
     new_kwargs = {name: sliced(name, value) for name, value in kwargs.items()}
-    if plate is not None and {"size", "index"} <= set(parameters):
+    if plate is not None and {"size", "index"} <= {p.name for p in parameters}:
         number = rows if plate.index is None else plate.index.to(rows.device)[rows]
         for name, value in (("size", plate.size), ("index", number)):
-            position = parameters.index(name)
-            if position < len(new_args):
-                new_args[position] = value
+            if name in names:
+                new_args[names.index(name)] = value
             else:
                 new_kwargs[name] = value
     return tuple(new_args), new_kwargs
+
+
+def _parameters(model: Program) -> list[inspect.Parameter]:
+    """Parameters of a program's own signature; none where it has no readable one."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
 def minibatches(
@@ -195,8 +208,7 @@ def minibatches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     layout = read_layout(model, args, kwargs) if layout is None else layout
-    function = model.forward if isinstance(model, nn.Module) else model
-    if not {"size", "index"} <= set(inspect.signature(function).parameters):
+    if not {"size", "index"} <= {p.name for p in _parameters(model)}:
         raise ValueError(
             "Minibatches need a program that can be told its rows: give it the keyword arguments "
             "size=None and index=None and use them in its data plate, "

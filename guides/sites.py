@@ -224,7 +224,9 @@ class Group:
         Args:
             packed: ``left + (B, 1, ..., 1) + (K,)`` or ``left + (K,)``; see :meth:`batch`.
         """
-        return {site.name: site.place(packed[..., part]) for site, part in self.slices()}
+        return {
+            site.name: site.place(packed[..., part]).to(site.dtype) for site, part in self.slices()
+        }
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Pack constrained values ``{site: batch_shape + event_shape}`` to :attr:`shape`."""

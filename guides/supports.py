@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-__all__ = ["check_support", "feasible", "is_real", "support_numbers", "unwrap"]
+__all__ = ["check_data", "check_support", "feasible", "is_real", "support_numbers", "unwrap"]
 
 
 def unwrap(fn: Any) -> Any:
@@ -44,11 +44,19 @@ def check_support(name: str, fn: Any) -> None:
 
 
 def feasible(name: str, fn: Any, offset: float) -> Tensor:
-    """A point inside the support that needs no sampling (improper priors have no sampler)."""
-    shape = fn.batch_shape + fn.event_shape
+    """A point inside the support that needs no sampling (improper priors have no sampler).
+
+    The point is irregular: at exact zeros a legal program may divide by zero or take a logarithm.
+    """
+    shape = torch.Size(fn.batch_shape + fn.event_shape)
     like = _example(fn)
+
+    def around(shape: torch.Size) -> Tensor:
+        steps = torch.arange(1, shape.numel() + 1, dtype=like.dtype, device=like.device)
+        return offset + 0.1 * torch.sin(steps).reshape(shape)
+
     if is_real(fn.support):
-        return torch.full(shape, offset, dtype=like.dtype, device=like.device)
+        return around(shape)
     try:
         transform = biject_to(fn.support)
     except NotImplementedError:
@@ -57,10 +65,35 @@ def feasible(name: str, fn: Any, offset: float) -> Tensor:
             "unconstrained space is registered with torch's biject_to. Register one, or sample "
             "an unconstrained variable and transform it with pyro.deterministic."
         ) from None
-    unconstrained = torch.full(
-        transform.inverse_shape(shape), offset, dtype=like.dtype, device=like.device
-    )
-    return transform(unconstrained)
+    return transform(around(torch.Size(transform.inverse_shape(shape))))
+
+
+def check_data(name: str, fn: Any, value: Any, mask: Any) -> None:
+    """Raise where observed values lie outside the support of their distribution.
+
+    Distributions that were built without validation are not checked, nor is what a mask hides.
+
+    Args:
+        name: Name of the site.
+        fn: Its distribution.
+        value: The observed value.
+        mask: The mask of the site.
+    """
+    base = unwrap(fn)
+    if not getattr(base, "_validate_args", False) or not isinstance(value, Tensor):
+        return
+    mask = getattr(fn, "_mask", None) if mask is None else mask
+    if mask is False or isinstance(mask, Tensor):
+        return
+    try:
+        inside = fn.support.check(value)
+    except (NotImplementedError, RuntimeError):
+        return
+    if not bool(inside.all()) and not (value.is_floating_point() and bool(value.isnan().any())):
+        raise ValueError(
+            f"Observed site {name!r} has values outside the support {fn.support} of its "
+            f"distribution ({type(base).__name__}). Pass data of that support."
+        )
 
 
 def _example(fn: Any) -> Tensor:

@@ -165,6 +165,7 @@ def test_compare_takes_names_classes_instances_and_loops(comparison):
     assert not failed
     assert len(runs) == 12
     assert "exact" in str(comparison)
+    assert comparison._repr_html_().count("<tr>") == 7
 
 
 def test_a_model_without_parameters_is_one_shared_model(comparison):

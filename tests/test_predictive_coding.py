@@ -225,7 +225,7 @@ def test_the_arrow_form_is_the_dense_hessian() -> None:
         assert torch.allclose(marginal[n], covariance[part, part], atol=1e-8)
         assert torch.allclose(cross[n], covariance[part, :3], atol=1e-8)
     # And the draws have that covariance.
-    draws, _, _ = posterior.rsample_packed(40_000, x)
+    draws, _, _ = posterior.rsample_packed(40_000, (x,))
     flat = torch.cat([draws["global"], draws["data"].flatten(1)], -1)
     scale = covariance.diagonal().sqrt()
     correlation = (torch.cov(flat.mT) - covariance) / (scale[:, None] * scale)

@@ -15,7 +15,7 @@ from benchmarks.task import GRID, Task
 
 __all__ = ["TASKS", "hierarchical_vae", "vae"]
 
-_BUDGET = Budget(num_steps=1200, batch_size=256, lr=0.01, weight_decay=1.0, inference_steps=1000)
+_BUDGET = Budget(num_steps=1200, batch_size=256, lr=0.01, weight_decay=1.0)
 
 # Encoders of both models: as wide as the decoders.
 _OPTIONS = {name: {"hidden": (128,)} for name in GRID if name.startswith("amortized_")}

@@ -129,7 +129,8 @@ def _weights(draws: Draws) -> LogWeights:
         rows=rows if draws.rows_complete else None,
         total=draws.layout.scale * rows.sum(-1) + other,
         global_term=other,
-        joint=draws.joint,
+        # A term outside the plate that moves with the draws couples the rows.
+        joint=draws.joint or bool((other - other[0]).abs().max() > 1e-6 * (1 + other[0].abs())),
         num_samples=draws.num_samples,
     )
 
@@ -207,7 +208,8 @@ def log_evidence(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     parts: list[tuple[Tensor, Tensor]] = []
-    joint, scale = False, 1.0
+    joint, scale, constant = False, 1.0, 0.0
+    indices: Mapping[str, Tensor] | None = None
     for start in range(0, num_samples, chunk_size):
         draws = draw(
             model,
@@ -216,9 +218,13 @@ def log_evidence(
             model_kwargs,
             num_samples=min(chunk_size, num_samples - start),
             data_plate=data_plate,
+            indices=indices,
         )
         weights = _weights(draws)
+        # All chunks score the same rows, whatever subsample the program would draw.
+        indices = draws.layout.indices
         joint, scale = weights.joint, draws.layout.scale
+        constant = 0.0 if joint else float(weights.global_term[0])
         kept = weights.total.unsqueeze(-1) if joint else weights.rows
         if kept is None:
             raise ValueError("Weights of rows are needed, but the guide draws rows jointly.")
@@ -232,7 +238,7 @@ def log_evidence(
     return Score(
         rows=None if joint else estimate,
         rows_error=None if joint else error,
-        total=float(estimate.sum()) * (1.0 if joint else scale),
+        total=float(estimate.sum()) * (1.0 if joint else scale) + constant,
         standard_error=float(error.square().sum().sqrt()) * (1.0 if joint else scale),
         joint=joint,
         num_samples=num_samples,
@@ -283,6 +289,14 @@ def _khat(log_weights: Tensor) -> Tensor:
     array = log_weights.detach().cpu().double().numpy()
     result = np.full(len(array), -np.inf)
     for i, row in enumerate(array):
+        if not np.isfinite(row).all():
+            # -inf is a weight of zero; nan and +inf are no weights at all.
+            finite = row[np.isfinite(row)]
+            usable = bool((row < np.inf).all()) and len(finite) >= 25
+            result[i] = (
+                _psis(np.maximum(row, finite.min() - 700) - finite.max()) if usable else np.inf
+            )
+            continue
         # Rounding noise of constant weights has no tail to fit.
         if np.ptp(row) > 1e-8 * max(1.0, float(np.abs(row).max())):
             result[i] = _psis(row - row.max())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from guides.supports import feasible, unwrap
+from guides.supports import feasible
 
 __all__ = ["capture", "check_ownership", "warn_frozen"]
 
@@ -20,8 +23,10 @@ def capture(
     program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Unconstrained parameters that a program touches, by name; nothing else is disturbed."""
-    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-        with poutine.trace(param_only=True) as trace, _ImproperPriors():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    # Parameters that are made here must be ordinary tensors, also when called in inference mode.
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
+        with poutine.block(), poutine.trace(param_only=True) as trace, _Feasible():
             program(*args, **kwargs)
     return {
         name: site["value"].unconstrained()
@@ -30,12 +35,16 @@ def capture(
     }
 
 
-class _ImproperPriors(Messenger):
-    """Give sites that have no sampler a value."""
+class _Feasible(Messenger):
+    """Give continuous latents a feasible value: priors may have no sampler, or draw badly."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["value"] is None and type(unwrap(msg["fn"])).__name__ == "ImproperUniform":
-            msg["value"] = feasible(msg["name"], msg["fn"], 0.0)
+        if msg["value"] is not None or site_is_subsample(msg):
+            return
+        # What cannot be given a value here is drawn, as the program would do by itself.
+        with contextlib.suppress(NotImplementedError):
+            if not msg["fn"].support.is_discrete:
+                msg["value"] = feasible(msg["name"], msg["fn"], 0.0)
 
 
 def check_ownership(
@@ -57,10 +66,14 @@ def check_ownership(
         if not isinstance(program, nn.Module):
             continue
         own = {id(parameter) for parameter in program.parameters()}
-        paths = {name.replace("$$$", ".") for name, _ in program.named_parameters()}
+        paths = {path.removesuffix("_unconstrained") for path, _ in program.named_parameters()}
+        prefix = getattr(program, "_pyro_name", "") if isinstance(program, PyroModule) else None
         for name, tensor in used[role].items():
             path = name.replace("$$$", ".")
-            mine = any(path == p or path.endswith("." + p) for p in paths)
+            if prefix is None:
+                mine = any(path.endswith("." + p) for p in paths)
+            else:
+                mine = path.removeprefix(f"{prefix}." if prefix else "") in paths
             if mine and id(tensor) not in own:
                 raise ValueError(
                     f"Parameter {name!r} of the {role} is another module's parameter in Pyro's "
@@ -68,6 +81,16 @@ def check_ownership(
                     'names (PyroModule.__init__(self, "name")), or build and train each pair in '
                     "its own pyro.get_param_store().scope()."
                 )
+    if len(used) > 1:
+        first, second = used.values()
+        tensors = {id(tensor) for tensor in second.values()}
+        shared = [name for name, tensor in first.items() if id(tensor) in tensors]
+        if shared and any(isinstance(program, nn.Module) for program in programs.values()):
+            raise ValueError(
+                f"Model and guide share the parameter {shared[0]!r}: one optimizer step would "
+                "serve two purposes. Give the guide a module of its own (copy.deepcopy), and the "
+                "two modules different names."
+            )
 
 
 def warn_frozen(model: Any, learning: set[Tensor]) -> list[str]:
@@ -83,7 +106,8 @@ def warn_frozen(model: Any, learning: set[Tensor]) -> list[str]:
     if frozen:
         warnings.warn(
             f"No gradient reaches {', '.join(frozen)}: these parameters will not learn. Freeze "
-            "them with requires_grad_(False) if that is meant.",
+            "them with requires_grad_(False) if that is meant; in a plain nn.Module, register "
+            "its networks with pyro.module.",
             UserWarning,
             stacklevel=3,
         )

@@ -103,6 +103,7 @@ def laplace(
     data_plate: str | None = "auto",
     jacobian: bool = True,
     name: str | None = None,
+    indices: Mapping[str, Tensor] | None = None,
 ) -> Laplace:
     """The Laplace posterior at given latents.
 
@@ -115,6 +116,7 @@ def laplace(
         jacobian: Take the Hessian of the log density in unconstrained space, which is what a
             Gaussian in that space approximates.
         name: Prefix of the guide in Pyro's store.
+        indices: Row numbers of ``values``, for a plate that the program subsamples at random.
 
     Returns:
         A guide for the rows of this call.
@@ -135,7 +137,7 @@ def laplace(
     """
     kwargs = {} if kwargs is None else kwargs
     guide = Laplace(model, args, kwargs, data_plate=data_plate, name=name)
-    guide.set(values, args, kwargs, jacobian=jacobian)
+    guide.set(values, args, kwargs, jacobian=jacobian, indices=indices)
     return guide
 
 
@@ -160,11 +162,13 @@ class Laplace(ProgramGuide):
         kwargs: Mapping[str, Any],
         *,
         jacobian: bool = True,
+        indices: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Center the guide at ``values`` and take the Hessian there."""
-        read = self._layout(args, kwargs, None)
+        read = self._layout(args, kwargs, indices)
         packed = read.pack({name: value.detach() for name, value in values.items()})
         log_joint = LogJoint(self.model, args, kwargs, layout=read)
+        log_joint.check_rows(packed, jacobian=jacobian)
         blocks = hessian(log_joint, packed, jacobian=jacobian)
         self.plate = read.data_plate
         tril: dict[str, Tensor] = {}

@@ -166,23 +166,26 @@ class PredictiveCoding:
         would lead to an average of minibatch modes, which is not the mode of all rows.
 
         Returns:
-            The energy -log p(x, z) at the relaxed state before the update, of all N rows, in
-            nats; lower is better. It is no bound on -log p(x) and cannot be compared with an ELBO.
+            The energy at the relaxed state before the update, of all N rows, in nats; lower is
+            better: -log p(x, z), minus log|dz/du| of constrained sites with ``jacobian=True``. It
+            is no bound on -log p(x) and cannot be compared with an ELBO.
         """
         log_joint = self._log_joint(args, kwargs)
-        hold = log_joint.layout.scale != 1.0 and log_joint.layout.group("global") is not None
+        hold = _holds_globals(log_joint)
         values, relaxed = self._relax(log_joint, learning=True, hold_globals=hold)
         with poutine.trace(param_only=True) as trace, torch.enable_grad():
             rows, other = log_joint.run(values, expose_params=True).total()
             loss = -log_joint.total(rows, other)
         params = {site["value"].unconstrained() for site in trace.trace.nodes.values()}
         params = {parameter for parameter in params if parameter.requires_grad}
+        learning: set[Tensor] = set()
         if params and loss.requires_grad:
             loss.backward()
             self.gradient_evaluations += max(1, log_joint.layout.num_rows)
             learning = {parameter for parameter in params if parameter.grad is not None}
-            if self._steps == 0:
-                self.frozen = warn_frozen(self.model, learning)
+        if self._steps == 0:
+            self.frozen = warn_frozen(self.model, learning)
+        if learning:
             self.optim(learning)
             zero_grads(learning)
         self._keep_globals(log_joint, self._moved_globals(log_joint, relaxed) if hold else values)
@@ -192,7 +195,7 @@ class PredictiveCoding:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The energy after a relaxation, as :meth:`step` returns it; changes nothing."""
         log_joint = self._log_joint(args, kwargs)
-        _, relaxed = self._relax(log_joint)
+        _, relaxed = self._relax(log_joint, hold_globals=_holds_globals(log_joint))
         return float(relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global)
 
     def infer(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -232,7 +235,15 @@ class PredictiveCoding:
         size = sum(group.size for group in layout_.groups)
         self.gradient_evaluations += 2 * size * max(1, layout_.num_rows)
         plate = None if layout_.data_plate is None else layout_.data_plate.name
-        return laplace(self.model, values, args, kwargs, data_plate=plate, jacobian=self.jacobian)
+        return laplace(
+            self.model,
+            values,
+            args,
+            kwargs,
+            data_plate=plate,
+            jacobian=self.jacobian,
+            indices=layout_.indices,
+        )
 
     def inspect(
         self, *args: Any, values: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -284,6 +295,12 @@ class PredictiveCoding:
         read = layout(self.model, args, kwargs, data_plate=self.data_plate, check=first)
         if not read.groups:
             raise ValueError("The model has no latent sites, so there is nothing to relax.")
+        plate = read.data_plate
+        if plate is not None and plate.random:
+            # Reading the layout leaves the random state alone, so the loop draws the rows itself.
+            rows = torch.randperm(plate.size, device=plate.index.device)[: plate.num_rows]
+            indices = {plate.name: rows}
+            read = layout(self.model, args, kwargs, data_plate=self.data_plate, indices=indices)
         log_joint = LogJoint(self.model, args, kwargs, layout=read)
         if first:
             self._check(log_joint, args, kwargs)
@@ -296,9 +313,19 @@ class PredictiveCoding:
         if self.guide is not None:
             programs["guide"] = self.guide
         check_ownership(programs, {role: capture(p, args, kwargs) for role, p in programs.items()})
+        masked = [site.name for site in log_joint.layout.sites.values() if site.masked]
+        constrained = [n for n in masked if log_joint.layout.sites[n].transform is not None]
+        if constrained and self.jacobian:
+            raise ValueError(
+                f"Latent site {constrained[0]!r} is masked: where its mask is off only the "
+                "Jacobian of its support is left, which has no mode. Sample it without the mask "
+                "(mask only what is observed), or pass jacobian=False."
+            )
         # Distributions check the data once; the relaxation itself runs without checks.
+        values = log_joint.predictions()
         with torch.no_grad():
-            log_joint.run(log_joint.predictions(), validate=True)
+            log_joint.run(values, validate=True)
+        log_joint.check_rows(log_joint.layout.pack(values), jacobian=self.jacobian)
         self._checked.add(tuple(log_joint.layout.sites))
 
     def _relax(
@@ -349,6 +376,8 @@ class PredictiveCoding:
         known = {} if self._globals is None else self._globals
         known = {name: value for name, value in known.items() if name in log_joint.layout.sites}
         if self.guide is None:
+            if not known:
+                known = _off_center(log_joint)
             return log_joint.predictions(known)
         with torch.no_grad():
             if isinstance(self.guide, ProgramGuide):
@@ -405,6 +434,23 @@ class PredictiveCoding:
         )
 
 
+def _holds_globals(log_joint: LogJoint) -> bool:
+    """Whether global latents wait while the rows of a minibatch relax."""
+    return log_joint.layout.scale != 1.0 and log_joint.layout.group("global") is not None
+
+
+def _off_center(log_joint: LogJoint) -> dict[str, Tensor]:
+    """Global latents near their predictions, off the symmetric point that they may not leave."""
+    group = log_joint.layout.group("global")
+    if group is None:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    packed = group.pack(log_joint.predictions())
+    step = 0.1 * torch.randn(group.size, generator=generator, dtype=torch.float64)
+    placed = group.unpack(packed + step.to(packed))
+    return {site.name: site.constrain(placed[site.name])[0] for site in group.sites}
+
+
 def _insert(
     packed: dict[str, Tensor], errors: Mapping[str, Tensor], read: Layout
 ) -> dict[str, Tensor]:
@@ -423,8 +469,12 @@ def _insert(
 
 def _site_state(terms: SiteTerms, name: str) -> SiteState:
     fn, value = terms.fns[name], terms.values[name]
+    mask = terms.masks[name]
     try:
         error, formula = location_scale.error(fn, value)
+        if isinstance(mask, Tensor):
+            shape = mask.shape + (1,) * fn.event_dim
+            error = torch.where(mask.reshape(shape), error, torch.zeros_like(error))
     except (NotImplementedError, AttributeError):
         error, formula = None, None
     try:

@@ -172,11 +172,14 @@ def relax(
         units = 1 if joint else rows.shape[0]
         factor = torch.ones(units, dtype=rows.dtype, device=rows.device)
         done = 0
-        for _ in range(num_steps):
+        for _ in range(num_steps if moving else 0):
             if tolerance and all(bool((grads[k].abs() <= tolerance).all()) for k in moving):
                 break
             step = {k: _expand(base[k] * factor, state[k]) for k in moving}
-            trial = {k: v - step[k] * grads[k] if k in moving else v for k, v in state.items()}
+            trial = {
+                k: (v - step[k] * grads[k]).to(v.dtype) if k in moving else v
+                for k, v in state.items()
+            }
             new_grads, new_rows, new_other = gradient(trial)
             num_gradients += 1
             done += 1

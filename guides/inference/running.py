@@ -70,7 +70,8 @@ def run(
         loop: Anything with ``step(*args, **kwargs) -> float`` and an ``optim``.
         num_steps: Steps in all, those of ``state`` included.
         batches: One call ``(args, kwargs)``; an iterable of calls, of tensors or of tuples of
-            tensors (positional arguments); or a ``DataLoader``. Iterables are cycled.
+            tensors (positional arguments); or a ``DataLoader``. Iterables are cycled; to resume
+            exactly they must give the same batches again.
         stop: Called with all losses after each step; a true value ends the run and is the
             reason.
         progress: Show a progress bar (only where standard error is a terminal).
@@ -92,8 +93,9 @@ def run(
     feed = _feed(batches)
     if state is not None:
         losses = list(state["losses"])
-        _restore(loop, state, next(feed))
-        feed = _feed(batches)
+        first = next(feed)
+        _restore(loop, state, first)
+        feed = itertools.chain([first], feed)
         for _ in range(len(losses)):
             next(feed)
         torch.set_rng_state(state["rng"])
@@ -105,10 +107,13 @@ def run(
                 args, kwargs = next(feed)
                 loss = loop.step(*args, **kwargs)
                 if not loss == loss or abs(loss) == float("inf"):
-                    raise FloatingPointError(
+                    error = FloatingPointError(
                         f"The loss became {loss} at step {len(losses)}. Lower the learning rate, "
-                        "clip gradients (pyro.optim.ClippedAdam), or check the data."
+                        "clip gradients (pyro.optim.ClippedAdam), or check the data. The run so "
+                        "far is this error's attribute `run`."
                     )
+                    error.run = Run(losses, "not finite", _state(loop, losses))  # type: ignore[attr-defined]
+                    raise error
                 losses.append(loss)
                 bar.update()
                 if len(losses) % 10 == 0:

@@ -8,7 +8,7 @@ from typing import Any
 import pyro.infer
 import pyro.optim
 
-from guides.inference.checks import capture, check_ownership
+from guides.inference.checks import capture, check_ownership, warn_frozen
 from guides.inference.running import Run, Stop, run
 
 __all__ = ["SVI"]
@@ -30,6 +30,9 @@ class SVI(pyro.infer.SVI):
         loss: An objective, such as ``pyro.infer.Trace_ELBO()``.
         **options: Passed on to ``pyro.infer.SVI``.
 
+    Attributes:
+        frozen: Trainable parameters that got no gradient at the first step.
+
     Example:
         >>> import torch, pyro, pyro.distributions as dist, guides
         >>> def model(x):
@@ -48,17 +51,23 @@ class SVI(pyro.infer.SVI):
         self, model: Any, guide: Any, optim: pyro.optim.PyroOptim, loss: Any, **options: Any
     ) -> None:
         super().__init__(model, guide, optim, loss, **options)
+        self.frozen: list[str] = []
         self._checked = False
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One update; returns the loss before it."""
-        if not self._checked:
-            programs = {"guide": self.guide, "model": self.model}
-            check_ownership(
-                programs, {role: capture(p, args, kwargs) for role, p in programs.items()}
-            )
-            self._checked = True
-        return super().step(*args, **kwargs)
+        if self._checked:
+            return super().step(*args, **kwargs)
+        programs = {"guide": self.guide, "model": self.model}
+        used = {role: capture(p, args, kwargs) for role, p in programs.items()}
+        check_ownership(programs, used)
+        loss = super().step(*args, **kwargs)
+        self._checked = True
+        touched = {tensor for tensors in used.values() for tensor in tensors.values()}
+        learning = {tensor for tensor in touched if tensor.grad is not None}
+        for program in programs.values():
+            self.frozen += warn_frozen(program, learning)
+        return loss
 
     def run(  # type: ignore[override]
         self,
