@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.budget import Budget
 
-__all__ = ["Meter", "batches", "fit", "frozen", "make_optim", "row_count"]
+__all__ = ["Meter", "batches", "fit", "frozen", "make_optim", "parameters_of", "row_count"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Program = Callable[..., Any]

@@ -914,7 +914,7 @@ def test_arguments_that_do_not_slice_the_plate_are_named():
             pyro.sample("x", dist.Normal(mu, 1.0), obs=x.rows)
 
     x = SimpleNamespace(rows=torch.randn(4))
-    with pytest.raises(ValueError, match="State which arguments hold rows"):
+    with pytest.raises(ValueError, match="State the arguments that hold rows"):
         to_arviz(model, AutoNormal(model), x, 4, num_samples=5, batch_size=2)
 
 
