@@ -118,6 +118,12 @@ def _tiers(runs: Sequence[Record]) -> str:
 def regime_heading(table: Standings) -> tuple[str, str]:
     """Return the heading of a regime, and what it means."""
     heading, text = REGIMES[table.regime]
+    points = [p for p in table.places if p.example["family"] == "delta"]
+    if table.regime == "joint" and points:
+        text += (
+            " Methods that learn at a single point (delta, predictive coding) lack the entropy "
+            "that keeps a posterior wide: their models tend to be overconfident, or to degenerate."
+        )
     run = next((place.runs[0] for place in table.places if place.runs), None)
     shared = run.get("shared_model") if run else None
     if table.regime == "frozen" and shared and shared.get("guide"):
