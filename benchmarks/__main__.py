@@ -110,7 +110,12 @@ def _run(options: argparse.Namespace, typed: Sequence[str]) -> int:
             f"{duration(outcome.seconds)}. Records: {out}"
         )
     print(text_table(read_records(out)))
-    return 0 if options.no_report else _report(str(out), None)
+    if not options.no_report:
+        _report(str(out), None)
+    if outcome.failed and not outcome.done and not outcome.skipped:
+        print("pyro-zoo: every run failed; the report says why.", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _shown(typed: Sequence[str]) -> list[str]:
@@ -135,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What was typed after the command's name; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 for a mistake in the request, 130 for Ctrl-C.
+        The exit code: 0, 1 for a mistake in the request or where every run failed, 130 for Ctrl-C.
+        A method that fails beside others that do not is a result, not an error.
     """
     typed = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(typed)

@@ -39,33 +39,40 @@ def glyph(run: Mapping[str, Any]) -> str:
 
 
 def span(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """Return a range that shows estimates well: outliers, far from most, stay outside it."""
+    """Return a range that shows estimates well: what lies far from most stays outside it."""
     values = [item for item in estimates if item.finite]
     if not values:
         return -1.0, 1.0
-    lows, highs = [item.low for item in values], [item.high for item in values]
-    top, middle = max(highs), float(np.median([item.value for item in values]))
-    reach = max(top - middle, max(item.high - item.low for item in values), 1e-9)
-    bottom = max(min(lows), middle - 4 * reach)
-    margin = 0.06 * (top - bottom) or 1.0
-    return bottom - margin, top + margin
+    middle = float(np.median([item.value for item in values]))
+    reaches = [max(middle - item.low, item.high - middle) for item in values]
+    limit = 6 * float(np.median(reaches))
+    near = [item for item, reach in zip(values, reaches, strict=True) if reach <= limit]
+    low, high = min(item.low for item in near), max(item.high for item in near)
+    margin = 0.06 * (high - low) or 1e-3 * abs(middle) or 1.0
+    return low - margin, high + margin
+
+
+def _outside(item: Estimate, axis: Axis, y: float, color: str) -> str:
+    """An arrow at the border for a value beyond the axis; nothing for one inside."""
+    if axis.low <= item.value <= axis.high:
+        return ""
+    way, x = (-1, axis.start) if item.value < axis.low else (1, axis.end)
+    tip = [(x - 7 * way, y - 5), (x, y), (x - 7 * way, y + 5)]
+    return polyline(tip, f"{color} stroke")
 
 
 def interval(item: Estimate, low: float, high: float, color: str, shape: str) -> str:
     """Return a mark with its interval, small enough for a table cell."""
     axis = Axis(low, high, 6, 144)
-    if item.value < low:
-        parts = [_arrow(6, 8, f"{color} stroke")]
+    arrow = _outside(item, axis, 8, color)
+    if arrow:
+        parts = [arrow]
     else:
         parts = [
             line(axis(item.low), 8, axis(item.high), 8, f"{color} stroke"),
             mark(axis(item.value), 8, shape, f"{color} fill", size=4.2),
         ]
     return drawing(150, 16, [line(6, 8, 144, 8, "grid"), *parts], signed(item.value), "cell")
-
-
-def _arrow(x: float, y: float, cls: str) -> str:
-    return polyline([(x + 7, y - 5), (x, y), (x + 7, y + 5)], cls)
 
 
 def differences_chart(
@@ -111,8 +118,9 @@ def _difference_row(
         text(axis.end, y + 13, value, anchor="end", cls="halo muted num", size=12),
     ]
     height = y + 25
-    if item.value < axis.low:
-        return [*parts, _arrow(axis.start, height, f"{color} stroke")]
+    arrow = _outside(item, axis, height, color)
+    if arrow:
+        return [*parts, arrow]
     parts.append(line(axis(item.low), height, axis(item.high), height, f"{color} stroke wide"))
     if len(item.per_seed) > 1 and not base:
         parts += [

@@ -17,7 +17,16 @@ from benchmarks.records import run_key
 from benchmarks.suites import SUITES
 from benchmarks.task import Task, load_tasks
 
-__all__ = ["Plan", "command_record", "digest_of", "plan", "plans_of", "shared_key", "task_record"]
+__all__ = [
+    "Plan",
+    "check_held_out",
+    "command_record",
+    "digest_of",
+    "plan",
+    "plans_of",
+    "shared_key",
+    "task_record",
+]
 
 _DECIDING = ("python", "torch", "pyro", "numpy", "zuko")
 
@@ -117,6 +126,34 @@ def shared_key(item: Plan, source: str | None) -> str:
     )
 
 
+def check_held_out(task: Task) -> None:
+    """Refuse held-out rows where a latent is shared by all rows.
+
+    Its posterior belongs to the training rows; fitted to the held-out ones it would score
+    something else than the reader asked for.
+
+    Raises:
+        ValueError: With the names of such latents.
+    """
+    if task.held_out is None:
+        return
+    import pyro
+    import torch
+
+    from guides.layout import layout
+
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        read = layout(task.build_model(), task.args, task.kwargs, data_plate=task.data_plate)
+    shared = read.group("global")
+    if shared is not None:
+        names = ", ".join(repr(site.name) for site in shared.sites)
+        raise ValueError(
+            f"held_out scores rows that share no latent with the training rows, but in task "
+            f"'{task.name}' these latents are outside the data plate: {names}. Leave held_out "
+            "out: the task is then scored on its training rows, jointly."
+        )
+
+
 def plans_of(
     task: Task,
     source: str | None,
@@ -133,9 +170,13 @@ def plans_of(
         seeds: Number of seeds, counted from 0.
         methods: Methods to keep, all by default.
         regimes: Regimes to keep, all by default.
+
+    Raises:
+        ValueError: Where held-out rows cannot be scored; see `check_held_out`.
     """
     from benchmarks.execute import regimes_of
 
+    check_held_out(task)
     used = _used_versions()
     plans = []
     found = as_methods(task.guides, task.loops, model=task.model, options=task.guide_options)

@@ -61,7 +61,8 @@ class Progress:
                 file=self.stream,
                 smoothing=0,
                 dynamic_ncols=True,
-                bar_format="{percentage:3.0f}% {bar:24} {elapsed} gone, {remaining} left {desc}",
+                leave=False,
+                bar_format="{percentage:3.0f}% {bar:14} {elapsed} gone, {remaining} left {desc}",
             )
 
     def started(self, name: Hashable) -> None:

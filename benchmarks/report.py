@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.digest import code_digest
-from benchmarks.figures import checks, costs, gap_figure, legend, paired_figure, shots
+from benchmarks.figures import costs, gap_figure, legend, paired_figure, shots, theory
 from benchmarks.leaderboard import standing
 from benchmarks.page import page
 from benchmarks.progress import duration
@@ -169,7 +169,7 @@ def _top(
 def _regime(table: Standings, stale: set[str]) -> str:
     name = f"{table.task}-{table.regime}".replace("_", "-")
     heading, text = regime_heading(table)
-    figures = [paired_figure(table), gap_figure(table), checks(table), *costs(table)]
+    figures = [paired_figure(table), gap_figure(table), theory(table), *costs(table)]
     return (
         f'<h3 id="{escape(name)}">{heading}</h3><p>{text}</p>'
         f"{standing(table, f't-{name}', stale)}{legend(table)}"

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from benchmarks.charts import glyph, signed
+from benchmarks.differences import paired
 from benchmarks.progress import duration
 from benchmarks.standings import Standings
 from benchmarks.svg import TIMES, compact
@@ -52,18 +53,14 @@ def finding(table: Standings, name: str) -> str:
     elif best.difference is not None:
         gain = f"{signed(best.difference.value)} ± {2 * best.difference.standard_error:.3f}"
         text += f": {gain} {table.unit} over the baseline <code>{escape(table.baseline)}</code>"
-    own = best.score(table.score)
-    near = [
-        p.method
-        for p in places[1:]
-        if own is not None
-        and p.difference is not None
-        and best.difference is not None
-        and p.difference.high >= best.difference.low
-    ]
+    near = []
+    for place in places[1:]:
+        ahead = paired(best.runs, place.runs, table.score, joint=table.joint_score)
+        if ahead is not None and ahead.low <= 0:
+            near.append(place.method)
     if near:
         names = ", ".join(f"<code>{escape(item)}</code>" for item in near)
-        text += f". Not told apart from it (intervals overlap): {names}"
+        text += f". Not told apart from it (within two standard errors): {names}"
     failed = sum(len(place.failures) for place in table.places)
     if failed:
         text += f". <a href='#failures'>{failed} {'run' if failed == 1 else 'runs'} failed</a>"

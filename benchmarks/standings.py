@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.differences import Estimate, estimate, is_joint, paired
 
-__all__ = ["Check", "Place", "Standings", "standings"]
+__all__ = ["Check", "Losses", "Place", "Standings", "standings"]
 
 Record = dict[str, Any]
 SCORE = {"joint": "log_evidence", "frozen": "elbo"}
@@ -77,6 +77,21 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Losses:
+    """Where a family of guides loses nats on a shared model.
+
+    Args:
+        family: The family.
+        approximation: Evidence minus ELBO of the Local guide: what the best of the family misses.
+        amortization: ELBO of the Local guide minus that of the encoder; None without an encoder.
+    """
+
+    family: str
+    approximation: Estimate
+    amortization: Estimate | None
+
+
+@dataclass(frozen=True)
 class Standings:
     """All methods of a task in a regime, best first.
 
@@ -89,6 +104,7 @@ class Standings:
         checks: The expected order, measured.
         joint_score: Whether scores are totals of the whole data set rather than means over rows,
             which is so as soon as one method has only totals.
+        losses: What families lose by their shape and by their encoder, on a frozen model.
     """
 
     task: str
@@ -98,6 +114,7 @@ class Standings:
     places: tuple[Place, ...]
     checks: tuple[Check, ...]
     joint_score: bool = False
+    losses: tuple[Losses, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -151,6 +168,22 @@ def _checks(order: Sequence[str], runs: Mapping[str, Sequence[Record]]) -> list[
     return found
 
 
+def _losses(places: Sequence[Place], joint: bool) -> list[Losses]:
+    cells = {
+        (place.example["family"], place.example["scheme"]): place
+        for place in places
+        if place.runs and place.example["loop"] == "svi"
+    }
+    found = []
+    for (family, scheme), place in cells.items():
+        if scheme != "Local" or place.gap is None or family == "delta":
+            continue
+        encoder = cells.get((family, "Encoder"))
+        loss = None if encoder is None else paired(place.runs, encoder.runs, "elbo", joint=joint)
+        found.append(Losses(family, place.gap, loss))
+    return found
+
+
 def standings(runs: Sequence[Record], tasks: Mapping[str, Record]) -> list[Standings]:
     """Return one table for every task and regime that has runs.
 
@@ -179,9 +212,10 @@ def standings(runs: Sequence[Record], tasks: Mapping[str, Record]) -> list[Stand
             _place(name, items, done[baseline], score, joint) for name, items in methods.items()
         ]
         places.sort(key=lambda place: _rank(place, score))
+        losses = tuple(_losses(places, joint)) if regime == "frozen" else ()
         checks = _checks(about.get("expected_order", ()), methods) if regime == "frozen" else []
         tables.append(
-            Standings(task, regime, score, baseline, tuple(places), tuple(checks), joint)
+            Standings(task, regime, score, baseline, tuple(places), tuple(checks), joint, losses)
         )
     return tables
 

@@ -66,7 +66,7 @@ class Axis:
         """Return about `count` round values."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            steps = (1,) if last - first > 2 else (1, 2, 5)
+            steps = (1,) if self.high / self.low > 500 else (1, 2, 5)
             values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
             return [value for value in values if self.low <= value <= self.high * 1.0001]
         span = self.high - self.low

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["FAMILIES", "GLOSSARY", "REGIMES", "SCHEMES", "describe", "look", "title"]
+__all__ = ["FAMILIES", "FLOWS", "GLOSSARY", "REGIMES", "SCHEMES", "describe", "look", "title"]
 
 FAMILIES = {
     "delta": "a single point, the most probable one; scored as a Gaussian around it (Laplace)",
@@ -16,6 +16,8 @@ FAMILIES = {
     "iaf": "a normalizing flow (inverse autoregressive)",
     "own": "a guide of the user's own",
 }
+
+FLOWS = ("spline_coupling", "iaf")
 
 SCHEMES = {
     "Local": "free parameters for every row",

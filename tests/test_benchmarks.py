@@ -1,5 +1,6 @@
 """Benchmarks: any program, any guide, one record a run; nothing lost, nothing run twice."""
 
+import io
 import json
 import math
 import os
@@ -265,6 +266,11 @@ def test_global_latents_are_scored_jointly():
     (table,) = result.standings
     assert table.unit == "nats in all"
     assert table.places[0].difference is not None
+
+
+def test_held_out_rows_need_latents_of_their_own():
+    with pytest.raises(ValueError, match="outside the data plate: 'mean'"):
+        compare(global_model, torch.zeros(5), guides=["normal"], held_out=torch.ones(3))
 
 
 def test_an_exact_evidence_is_used_where_a_model_knows_it():
@@ -734,6 +740,14 @@ def test_a_file_without_a_task_is_refused(tmp_path):
         load_tasks(str(path))
 
 
+def test_where_every_run_fails_the_exit_code_says_so(tmp_path):
+    path = write_file(tmp_path, "[Broken]")
+    done = command("run", path.name, "--seeds", 1, "--jobs", 1, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "every run failed" in done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_an_interrupt_loses_no_finished_run(tmp_path):
     """Ctrl-C while the slow guide runs: the fast one is recorded; the same command goes on."""
     path = write_file(tmp_path, "['normal', Slow]")
@@ -773,6 +787,27 @@ def test_progress_is_quiet_when_asked(capsys):
     bar.close()
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_a_terminal_sees_what_runs_and_the_time_left():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    bar = Progress(2, stream=stream)
+    for name in ("first", "second"):
+        bar.started(name)
+        bar.tick(name, "fit", 0.5)
+        bar.finished(name, f"{name}: FAILED", failed=name == "second")
+    bar.close()
+    shown = stream.getvalue()
+    assert "[0/2] first (fit)" in shown
+    assert "[1/2] second (fit)" in shown
+    assert " left" in shown
+    # a failure is said above the bar, a success only counts
+    assert "second: FAILED" in shown
+    assert "first: FAILED" not in shown
 
 
 # ---------------------------------------------------------------------------- the suite

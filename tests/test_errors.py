@@ -306,7 +306,7 @@ def test_an_indefinite_hessian_names_the_site_and_the_fix() -> None:
     zeros = {"a": torch.zeros(2), "b": torch.zeros(2)}
     with pytest.raises(
         guides.inference.IndefiniteHessianError,
-        match=r"not positive definite at site 'b' in 1 of 2 rows.*Relax longer",
+        match=r"not positive definite at site 'b' in 1 of 2 rows.*Relax longer.*loc \+ scale",
     ):
         laplace(saddle, zeros, (torch.tensor([2.0, -2.0]),))
 
@@ -339,6 +339,8 @@ def test_batches_of_the_wrong_kind() -> None:
     pc = PredictiveCoding(good, pyro.optim.Adam({}))
     with pytest.raises(TypeError, match=r"full-batch steps pass \(\(x,\), \{\}\)"):
         pc.run(1, X)
+    with pytest.raises(TypeError, match=r"tuple of tensors.*pass \(\(x, y, \.\.\.\), \{\}\)"):
+        pc.run(1, (X, X))
     with pytest.raises(ValueError, match="batches is empty"):
         pc.run(1, [])
     with pytest.raises(TypeError, match="got int"):

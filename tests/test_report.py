@@ -239,6 +239,22 @@ def test_expected_order_is_checked(folder, html):
     assert table.checks == ()
 
 
+def test_losses_by_shape_and_by_encoder(folder, html):
+    """Approximation gap and amortization gap of a family add up to what its encoder misses."""
+    records = read_records(folder)
+    (table,) = [t for t in standings(records.latest(), records.tasks) if t.regime == "frozen"]
+    losses = {item.family: item for item in table.losses}
+    assert set(losses) == {"normal", "multivariate_normal", "Normal"}
+    places = {place.method: place for place in table.places}
+    mean_field = losses["normal"]
+    assert mean_field.approximation.value == pytest.approx(places["normal"].gap.value)
+    assert mean_field.amortization.value == pytest.approx(
+        places["normal"].elbo.value - places["amortized_normal"].elbo.value
+    )
+    assert losses["multivariate_normal"].amortization is None
+    assert "Where the nats go" in html
+
+
 def test_a_violated_order_is_said(tmp_path):
     worse = {"amortized_normal": 1.0, "normal": 0.4, "multivariate_normal": 0.7}
     rows = np.random.default_rng(0).normal(size=30)

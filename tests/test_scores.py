@@ -61,6 +61,7 @@ def test_the_elbo_is_the_closed_form_one_within_its_error() -> None:
     assert score.total == pytest.approx(float(score.rows.sum()))
     assert not score.joint
     assert score.estimator == "ELBO, 4000 draws"
+    assert repr(score).endswith("nats, ELBO, 4000 draws, 4 rows)")
 
 
 def test_the_evidence_is_the_closed_form_one_within_its_error() -> None:

@@ -74,6 +74,13 @@ class Score:
     num_samples: int
     estimator: str
 
+    def __repr__(self) -> str:
+        """The total with its error; the rows are too many to print."""
+        rows = "joint" if self.rows is None else f"{len(self.rows)} rows"
+        return (
+            f"Score({self.total:.2f} ± {self.standard_error:.2f} nats, {self.estimator}, {rows})"
+        )
+
 
 @dataclass(frozen=True)
 class Khat:

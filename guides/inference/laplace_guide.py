@@ -260,6 +260,14 @@ def _scale_tril(precision: Tensor) -> Tensor:
 
 
 def _check_definite(matrices: Tensor, group: Group) -> None:
+    if not bool(torch.isfinite(matrices).all()):
+        names = ", ".join(repr(site.name) for site in group.sites)
+        raise IndefiniteHessianError(
+            f"The Hessian of the energy is not finite at sites {names}: the latents ran to the "
+            "edge of what numbers can hold. Where a learned scale lies above its own latents the "
+            "joint density has no mode: write them as loc + scale * e in the model, or fit a "
+            "family with a density (normal, multivariate_normal)."
+        )
     values, vectors = torch.linalg.eigh(matrices)
     smallest = values[:, 0]
     # At the level of rounding a direction has no curvature, and its variance means nothing.
@@ -274,7 +282,8 @@ def _check_definite(matrices: Tensor, group: Group) -> None:
     raise IndefiniteHessianError(
         f"The Hessian of the energy is not positive definite at site {name!r}{where} (smallest "
         f"eigenvalue {float(smallest[row]):.3g}): these latents are not at a mode with curvature, "
-        "so there is no Laplace posterior. Relax longer (num_steps), relax with "
-        'parameterization="noncentered", start from a guide, or fit a family with a density '
-        "(normal, multivariate_normal)."
+        "so there is no Laplace posterior. Relax longer (num_steps) or start from a guide; where "
+        "a learned scale lies above its own latents the joint density has no mode at all: write "
+        "them as loc + scale * e in the model, or fit a family with a density (normal, "
+        "multivariate_normal)."
     )

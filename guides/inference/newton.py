@@ -54,6 +54,8 @@ def newton(
             blocks = hessian(log_joint, state, jacobian=jacobian)
             grads, (rows, other) = torch.func.grad(energy, has_aux=True)(state)
             num_gradients += 2 * size + 1
+            if not all(bool(torch.isfinite(block).all()) for block in blocks.values()):
+                break  # there is no step to take; the Laplace posterior says why
             step = _direction(grads, blocks, scale)
             before = (scale * rows.sum() + other).reshape(1) if joint else rows
             factor = torch.ones_like(before)
@@ -101,7 +103,13 @@ def _direction(
 
 def _positive(matrix: Tensor) -> Tensor:
     """Cholesky factor of a symmetric matrix with its eigenvalues made positive."""
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    symmetric = 0.5 * (matrix + matrix.mT)
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:
+        # Entries of far different sizes; a plain gradient step of the largest one's scale.
+        size = symmetric.abs().amax((-2, -1), keepdim=True).sqrt()
+        return size * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     largest = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     floor = 1e-6 * largest
     values = torch.maximum(values.abs(), floor)

@@ -165,6 +165,11 @@ def _restore(loop: Any, state: Mapping[str, Any], call: tuple[Any, Any]) -> None
 def _feed(batches: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     if _is_call(batches):
         return itertools.repeat((tuple(batches[0]), dict(batches[1])))
+    if isinstance(batches, tuple) and any(isinstance(item, Tensor) for item in batches):
+        raise TypeError(
+            "batches must be one call (args, kwargs), an iterable of calls, or a DataLoader; got "
+            "a tuple of tensors. For full-batch steps pass ((x, y, ...), {})."
+        )
     if isinstance(batches, Tensor):
         raise TypeError(
             "batches must be one call (args, kwargs), an iterable of calls, or a DataLoader; got "
