@@ -184,9 +184,9 @@ FAULTS = [
     Fault(
         "evaluate_loss keeps globals",
         "guides/inference/predictive_coding.py",
-        "        _, relaxed = self._relax(log_joint)\n        return",
+        "        _, relaxed = self._relax(log_joint, hold_globals=_holds_globals(log_joint))\n",
         "        values, relaxed = self._relax(log_joint)\n"
-        "        self._keep_globals(log_joint, values)\n        return",
+        "        self._keep_globals(log_joint, values)\n",
         CODING,
     ),
     Fault(
