@@ -77,7 +77,9 @@ PUBLIC_MODULES = [name for name in MODULES if not re.search(r"\._", name)]
 def source(module: str) -> Path:
     """The file of a module."""
     path = ROOT.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    # benchmarks/records/ is a folder of data beside the module benchmarks/records.py.
+    package = path / "__init__.py"
+    return package if package.exists() else path.with_suffix(".py")
 
 
 def imports(body: list[ast.stmt], *, module_level: bool) -> Iterator[tuple[str, int]]:
