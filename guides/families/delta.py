@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from guides.families.family import Family
@@ -42,6 +43,20 @@ class Delta(Family):
         """A point mass at ``lam``."""
         return dist.Delta(lam, event_dim=1)
 
-    def location(self, lam: Tensor) -> Tensor:
-        """The point."""
-        return lam
+    @property
+    def noise_size(self) -> int:
+        """Zero: a point needs no noise."""
+        return 0
+
+    def push(self, lam: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The point for every draw, with log density zero: its bound is the log joint."""
+        shape = torch.broadcast_shapes(noise.shape[:-1], lam.shape[:-1])
+        return lam.expand(*shape, self.size), lam.new_zeros(shape)
+
+    def log_prob(self, lam: Tensor, value: Tensor) -> Tensor:
+        """Zero at the point, minus infinity elsewhere."""
+        return self.distribution(lam).log_prob(value)
+
+    def of_gaussian(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """The Gaussian's mode."""
+        return loc

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from guides.families.family import Family, inverse_softplus, positive
+from guides.families.family import (
+    Family,
+    inverse_positive,
+    inverse_softplus,
+    limited,
+    positive,
+    standard_normal_log_prob,
+)
 
 __all__ = ["MultivariateNormal"]
 
@@ -31,6 +40,11 @@ class MultivariateNormal(Family):
         >>> family.num_params
         9
     """
+
+    lower: Tensor
+
+    path_gradient = True
+    has_scale = True
 
     def __init__(self, size: int, *, init_scale: float = 0.1) -> None:
         super().__init__(size)
@@ -59,18 +73,47 @@ class MultivariateNormal(Family):
         unit = unit.flatten(-2).scatter(-1, position, lower).unflatten(-1, (size, size))
         return positive(raw).unsqueeze(-1) * unit
 
-    def parameters_of(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    def push(self, lam: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """``loc + L noise``."""
+        tril = self.scale_tril(lam)
+        value = lam[..., : self.size] + (tril @ noise.unsqueeze(-1)).squeeze(-1)
+        return value, standard_normal_log_prob(noise) - self._log_det(lam)
+
+    def natural(
+        self, lam: Tensor, gradient: Tensor, limit: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As for independent coordinates, but for the location, whose information is known."""
+        direction, whitened = super().natural(lam, gradient, limit)
+        tril = self.scale_tril(lam)
+        along = (tril.mT @ gradient[..., : self.size].unsqueeze(-1)).squeeze(-1)
+        along = limited(along, limit)
+        moved = (tril @ along.unsqueeze(-1)).squeeze(-1)
+        rest = slice(self.size, None)
+        return (
+            torch.cat([moved, direction[..., rest]], -1),
+            torch.cat([along, whitened[..., rest]], -1),
+        )
+
+    def log_prob(self, lam: Tensor, value: Tensor) -> Tensor:
+        """Log density of points."""
+        centered = (value - lam[..., : self.size]).unsqueeze(-1)
+        noise = torch.linalg.solve_triangular(self.scale_tril(lam), centered, upper=False)
+        return standard_normal_log_prob(noise.squeeze(-1)) - self._log_det(lam)
+
+    def entropy(self, lam: Tensor) -> Tensor:
+        """The Gaussian's entropy."""
+        return self._log_det(lam) + 0.5 * self.size * math.log(2 * math.pi * math.e)
+
+    def _log_det(self, lam: Tensor) -> Tensor:
+        return positive(lam[..., self.size : 2 * self.size]).log().sum(-1)
+
+    def of_gaussian(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
         """The parameters ``(..., P)`` of a given mean and Cholesky factor."""
         scale = scale_tril.diagonal(dim1=-2, dim2=-1)
         unit = scale_tril / scale.unsqueeze(-1)
         rows, columns = self.lower
-        raw = scale + torch.log(-torch.expm1(-scale))
-        return torch.cat([loc, raw, unit[..., rows, columns]], -1)
+        return torch.cat([loc, inverse_positive(scale), unit[..., rows, columns]], -1)
 
     def distribution(self, lam: Tensor) -> dist.TorchDistribution:
         """A Gaussian with full covariance."""
         return dist.MultivariateNormal(lam[..., : self.size], scale_tril=self.scale_tril(lam))
-
-    def location(self, lam: Tensor) -> Tensor:
-        """The mean."""
-        return lam[..., : self.size]
