@@ -26,7 +26,15 @@ from guides.layout import Layout, layout
 from guides.probe import Program
 from guides.supports import unwrap
 
-__all__ = ["Draws", "draw", "over_draws"]
+__all__ = [
+    "Draws",
+    "check_density",
+    "check_same_program",
+    "draw",
+    "draws_rows_outside",
+    "guide_terms",
+    "over_draws",
+]
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -100,7 +108,7 @@ def draw(
             )
             outside = False
             if guide.model is not model:
-                _check_same_program(guide, model, args, kwargs)
+                check_same_program(guide, model, args, kwargs)
         else:
             read = layout(model, args, kwargs, data_plate=data_plate, indices=indices)
             values, log_q_rows, log_q_global, outside = _draw_any_guide(
@@ -108,7 +116,7 @@ def draw(
             )
         log_joint = LogJoint(model, args, kwargs, layout=read)
         log_p_rows, log_p_global = over_draws(log_joint.rows, values, read)
-    has_global = read.group("global") is not None
+    has_global = any(group.plate is None for group in read.groups)
     return Draws(
         values=values,
         log_q_rows=log_q_rows,
@@ -183,20 +191,20 @@ def _draw_any_guide(
     rows, other = [], []
     outside = False
     for _ in range(num_samples):
-        terms = _guide_terms(guide, args, kwargs, read)
+        terms = guide_terms(guide, args, kwargs, read)
         missing = [name for name in read.sites if name not in terms.values]
         if missing:
             raise ValueError(
                 f"Guide has no site {missing[0]!r}, which the model samples. Sites in the guide: "
                 f"{', '.join(terms.values) or 'none'}."
             )
-        _check_density(terms, read)
+        check_density(terms, read)
         for name in read.sites:
             draws[name].append(terms.values[name].expand(read.sites[name].shape))
         local, rest = terms.total()
         rows.append(local)
         other.append(rest)
-        outside = outside or _draws_rows_outside(terms, read)
+        outside = outside or draws_rows_outside(terms, read)
     return (
         {name: torch.stack(values) for name, values in draws.items()},
         torch.stack(rows),
@@ -205,26 +213,45 @@ def _draw_any_guide(
     )
 
 
-def _guide_terms(
-    guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout
+def guide_terms(
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    read: Layout,
+    values: Mapping[str, Tensor] | None = None,
+    *,
+    expose_params: bool = False,
 ) -> SiteTerms:
-    """Run a guide once and reduce the log densities of its sites."""
-    terms = SiteTerms(read, complete=False)
+    """Run a guide once and reduce the log densities of its sites.
+
+    Args:
+        guide: Any guide.
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+        read: Layout of the call.
+        values: Values that its sites take in place of draws, by site; a ``GuideMessenger`` cannot
+            be given any.
+        expose_params: Let handlers outside see the parameters of the guide.
+    """
+    terms = SiteTerms(read, values, complete=False)
     messenger = poutine.unwrap(guide)
+    hide = ["sample"] if expose_params else None
     if isinstance(messenger, GuideMessenger):
         # A messenger runs model and guide interleaved; only its own trace is q.
-        with poutine.block():
+        with poutine.block(hide_types=hide):
             guide(*args, **kwargs)
         for name, site in messenger.get_traces()[1].nodes.items():
             if site["type"] == "sample" and not site_is_subsample(site):
                 terms.record({**site, "name": name})
         return terms
-    with poutine.block(), terms:
+    with poutine.block(hide_types=hide), terms:
         guide(*args, **kwargs)
     return terms
 
 
-def _check_density(terms: SiteTerms, read: Layout) -> None:
+def check_density(terms: SiteTerms, read: Layout) -> None:
+    """Raise where a guide's run shows a point mass at a latent."""
+
     def point(name: str) -> bool:
         fn = unwrap(terms.fns[name])
         return type(fn).__name__ == "Delta" and not bool(torch.as_tensor(fn.log_density).any())
@@ -248,7 +275,7 @@ def _stands_alone(name: str, terms: SiteTerms) -> bool:
     return not own and any(other.endswith("_unconstrained") for other in others)
 
 
-def _draws_rows_outside(terms: SiteTerms, read: Layout) -> bool:
+def draws_rows_outside(terms: SiteTerms, read: Layout) -> bool:
     """Whether the guide draws local latents by sites outside the data plate."""
     if read.data_plate is None:
         return False
@@ -321,10 +348,10 @@ def _concatenate(items: list[Any]) -> Any:
     return tuple(torch.cat([item[i] for item in items]) for i in range(len(items[0])))
 
 
-def _check_same_program(
+def check_same_program(
     guide: ProgramGuide, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """A guide may serve another program only where the latents are the same."""
+    """Raise where a guide is used for another program whose latents are not its own."""
     other = layout(model, args, kwargs, data_plate=guide.data_plate)
     if set(other.sites) != set(guide.latents):
         raise ValueError(

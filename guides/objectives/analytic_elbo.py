@@ -1,0 +1,256 @@
+"""AnalyticELBO: the ELBO with closed forms where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from guides.draws import over_draws
+from guides.energy import LogJoint, SiteTerms
+from guides.guide import ProgramGuide
+from guides.layout import Layout
+from guides.objectives.objective import ExposedLogJoint, Objective, own_guide
+from guides.objectives.packed_draws import GroupDraws, PackedDraws, draw_packed
+from guides.probe import Program
+from guides.sites import Site
+from guides.supports import unwrap
+
+__all__ = ["AnalyticELBO"]
+
+_GAUSSIAN = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal")
+
+
+class AnalyticELBO(Objective):
+    """The ELBO with analytic terms where the family and the model allow them.
+
+        ELBO = E_q[log p(x, u)] + H[q]              u: packed, unconstrained latents
+
+        H[q]                    closed form where the family states its entropy
+        E_q[log p(z)]           closed form for a real, Normal (independent) latent whose prior
+                                does not depend on other latents, under a Gaussian q
+        everything else         sampled
+
+    Where both are analytic, the KL divergence from q to the prior has no noise left, and only
+    the likelihood is sampled. :meth:`analytic_terms` says which terms are which. That pays while
+    q is far from the posterior; near it, the noise of log p and of log q cancel when both are
+    sampled, and :class:`guides.objectives.STL` has less of it.
+
+    Whether a prior depends on other latents is read from the graph of its parameters and from
+    their numbers at moved latents, once for each model and guide.
+
+    The loss is minus the ELBO of all N rows (lower is better): an upper bound on -log p(x) in
+    expectation, and equal to ``Trace_ELBO``'s in expectation. For a point mass it is an energy,
+    -log p(x, z) at the point, and no bound.
+
+    References:
+        | Auto-Encoding Variational Bayes (Kingma & Welling, 2014), appendix B
+        | https://arxiv.org/abs/1312.6114
+
+    Args:
+        num_particles: Number of draws.
+
+    Raises:
+        TypeError: For a guide that is not of this package.
+
+    Example:
+        >>> import torch, guides, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.randn(10)
+        >>> guide = guides.make("amortized_normal", model, x)
+        >>> AnalyticELBO().analytic_terms(model, guide, x)
+        {'entropy': ('data',), 'prior': ('z',), 'sampled': ('x',)}
+    """
+
+    def __init__(self, num_particles: int = 1) -> None:
+        super().__init__(num_particles)
+        self._priors: dict[tuple[int, int], tuple[str, ...]] = {}
+
+    def analytic_terms(
+        self, model: Program, guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> dict[str, tuple[str, ...]]:
+        """Which terms have a closed form.
+
+        Returns:
+            ``"entropy"``: groups whose entropy is exact; ``"prior"``: latent sites whose expected
+            log prior is exact; ``"sampled"``: the sites, and ``log q(group)``, that are sampled.
+        """
+        own = own_guide(self, model, guide, args, kwargs, density=False)
+        with torch.no_grad(), poutine.block():
+            draws = draw_packed(own, args, kwargs, outer=1)
+            log_joint = LogJoint(model, args, kwargs, layout=draws.layout)
+            priors = self._analytic_priors(model, own, draws, log_joint)
+        exact = tuple(d.group.name for d in draws.groups if d.entropy() is not None)
+        rest = [f"log q({d.group.name})" for d in draws.groups if d.group.name not in exact]
+        sites = (*draws.layout.sites, *draws.layout.observed)
+        sampled = (*(name for name in sites if name not in priors), *rest)
+        return {"entropy": exact, "prior": priors, "sampled": sampled}
+
+    def differentiable_loss(
+        self, model: Program, guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Minus the ELBO of all N rows."""
+        own = own_guide(self, model, guide, args, kwargs, density=False)
+        draws = draw_packed(own, args, kwargs, outer=self.num_particles)
+        log_joint = ExposedLogJoint(model, args, kwargs, layout=draws.layout)
+        priors = self._analytic_priors(model, own, draws, log_joint)
+        scale = draws.layout.scale
+        rows, other = _expected_joint(draws, log_joint, priors, jacobian=own.jacobian)
+        elbo = scale * rows.sum(-1).mean() + other.mean()
+        for group in draws.groups:
+            found = group.entropy()
+            entropy = -group.log_q() if found is None else found
+            factor = 1.0 if group.group.plate is None else scale
+            elbo = elbo + factor * entropy.sum() / self.num_particles
+        return -elbo
+
+    def _analytic_priors(
+        self, model: Program, guide: ProgramGuide, draws: PackedDraws, log_joint: LogJoint
+    ) -> tuple[str, ...]:
+        key = (id(model), id(guide))
+        if key not in self._priors:
+            gaussian = {
+                site.name
+                for d in draws.groups
+                if type(unwrap(d.q)).__name__ in _GAUSSIAN
+                for site in d.group.sites
+            }
+            independent = _independent_normals(log_joint, draws.packed(), draws.layout)
+            self._priors[key] = tuple(name for name in independent if name in gaussian)
+        return self._priors[key]
+
+
+def _independent_normals(
+    log_joint: LogJoint, packed: Mapping[str, Tensor], read: Layout
+) -> list[str]:
+    """Real latents with an independent Normal prior that no other latent moves."""
+    point = {name: value[0].detach() for name, value in packed.items()}
+    with torch.enable_grad():
+        values = {n: v.requires_grad_() for n, v in read.constrain(point).items()}
+        first = log_joint.run(values, density=False, expose_params=False).fns
+        names = [name for name, site in read.sites.items() if _is_plain_normal(site, first[name])]
+        structural = [name for name in names if not _follows(first[name], list(values.values()))]
+    with torch.no_grad():
+        # The graph does not see indexing or control flow by a latent; moved numbers do.
+        moved = read.constrain({n: _moved(v) for n, v in point.items()})
+        second = log_joint.run(moved, density=False, expose_params=False).fns
+    return [name for name in structural if _equal(first[name], second[name])]
+
+
+def _moved(value: Tensor) -> Tensor:
+    """Every coordinate elsewhere, by a step of its own and without a random draw."""
+    steps = torch.arange(1, value.numel() + 1).to(value)
+    return value + 0.37 + torch.sin(steps).reshape(value.shape)
+
+
+def _is_plain_normal(site: Site, fn: TorchDistribution) -> bool:
+    layers = []
+    while hasattr(fn, "base_dist"):
+        layers.append(type(fn).__name__)
+        fn = fn.base_dist
+    plain = all(layer in ("Independent", "ExpandedDistribution") for layer in layers)
+    return site.transform is None and plain and type(fn).__name__ == "Normal"
+
+
+def _follows(fn: TorchDistribution, latents: list[Tensor]) -> bool:
+    """Whether loc or scale is in the graph of a latent."""
+    base = unwrap(fn)
+    live = [number for number in (base.loc, base.scale) if number.requires_grad]
+    if not live:
+        return False
+    found = torch.autograd.grad(
+        sum(number.sum() for number in live), latents, allow_unused=True, retain_graph=True
+    )
+    return any(gradient is not None for gradient in found)
+
+
+def _equal(first: TorchDistribution, second: TorchDistribution) -> bool:
+    a, b = unwrap(first), unwrap(second)
+    return torch.equal(a.loc, b.loc) and torch.equal(a.scale, b.scale)
+
+
+def _expected_joint(
+    draws: PackedDraws, log_joint: LogJoint, priors: tuple[str, ...], *, jacobian: bool
+) -> tuple[Tensor, Tensor]:
+    """The log joint of the draws with priors in expectation: rows ``(S, B)`` and ``(S,)``."""
+    inputs = draws.packed()
+    wanted = [d for d in draws.groups if any(site.name in priors for site in d.group.sites)]
+    for d in wanted:
+        inputs[_mean(d)] = d.spread(d.q.mean)
+        inputs[_variance(d)] = d.spread(d.q.variance)
+
+    def terms(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        values, _, log_dets = log_joint.unpack(given)
+        moments: dict[str, tuple[Tensor, Tensor]] = {}
+        for d in wanted:
+            group = d.group
+            mean = group.unpack(group.batch(given[_mean(d)]))
+            variance = group.unpack(group.batch(given[_variance(d)]))
+            moments |= {n: (mean[n], variance[n]) for n in mean if n in priors}
+        found = _ExpectedTerms(log_joint.layout, values, moments)
+        with (
+            pyro.validation_enabled(False),
+            poutine.block(hide_types=["sample"]),
+            found,
+        ):
+            log_joint.model(*log_joint.args, **log_joint.kwargs)
+        rows, other = found.total()
+        for name, log_det in log_dets.items() if jacobian else ():
+            if log_joint.layout.sites[name].row_dim is None:
+                other = other + log_det
+            else:
+                rows = rows + log_det
+        return rows, other
+
+    result: tuple[Tensor, Tensor] = over_draws(terms, inputs, draws.layout)
+    return result
+
+
+def _mean(draws: GroupDraws) -> str:
+    return f"mean of {draws.group.name}"
+
+
+def _variance(draws: GroupDraws) -> str:
+    return f"variance of {draws.group.name}"
+
+
+class _ExpectedTerms(SiteTerms):
+    """Terms of the sites, with some in expectation over a q of given moments."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        values: Mapping[str, Tensor],
+        moments: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        super().__init__(layout, values)
+        self.moments = moments
+
+    def record(self, site: Mapping[str, Any]) -> None:
+        """Write down one site; scales, masks and plates act on an expected term as on any."""
+        if site["name"] in self.moments:
+            mean, variance = self.moments[site["name"]]
+            site = {**site, "fn": _ExpectedNormal(site["fn"], variance), "value": mean}
+        super().record(site)
+
+
+class _ExpectedNormal:
+    """E log Normal(z; loc, scale) for z with a given mean and variance."""
+
+    def __init__(self, fn: TorchDistribution, variance: Tensor) -> None:
+        self.fn = fn
+        self.variance = variance
+
+    def log_prob(self, mean: Tensor) -> Tensor:
+        """The expectation, at the batch shape of the site."""
+        penalty = 0.5 * self.variance / unwrap(self.fn).scale.square()
+        penalty = penalty.flatten(-self.fn.event_dim).sum(-1) if self.fn.event_dim else penalty
+        return self.fn.log_prob(mean) - penalty
