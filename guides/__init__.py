@@ -4,50 +4,42 @@ A guide is a family (what shapes can q take?) times a scheme (how are q's parame
 
     guide = guides.make("amortized_normal", model, x)
 
-``GUIDES`` is the whole registry: a plain dict from names to the scheme and the family behind them.
+``GUIDES`` is the whole registry: a plain dict from names to the scheme and the family behind them,
+every cell of the grid that makes sense.
 The package also holds the one inference loop that is not SVI: predictive coding, in
 :mod:`guides.inference`.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from guides.families import FAMILIES
+from guides.grid import cell_name, refusal
+from guides.schemes import SCHEMES
+
 if TYPE_CHECKING:
     from guides.guide import Guide
+    from guides.loading import load
+    from guides.saving import save
 
-__all__ = ["GUIDES", "Guide", "make", "pair"]
+__all__ = ["GUIDES", "Guide", "load", "make", "pair", "save"]
 
 GUIDES = {
-    "delta": ("guides.schemes.local:Local", "guides.families.delta:Delta"),
-    "normal": ("guides.schemes.local:Local", "guides.families.normal:Normal"),
-    "multivariate_normal": (
-        "guides.schemes.local:Local",
-        "guides.families.multivariate_normal:MultivariateNormal",
-    ),
-    "spline_coupling": (
-        "guides.schemes.local:Local",
-        "guides.families.spline_coupling:SplineCoupling",
-    ),
-    "amortized_delta": ("guides.schemes.encoder:Encoder", "guides.families.delta:Delta"),
-    "amortized_normal": ("guides.schemes.encoder:Encoder", "guides.families.normal:Normal"),
-    "amortized_multivariate_normal": (
-        "guides.schemes.encoder:Encoder",
-        "guides.families.multivariate_normal:MultivariateNormal",
-    ),
-    "amortized_spline_coupling": (
-        "guides.schemes.encoder:Encoder",
-        "guides.families.spline_coupling:SplineCoupling",
-    ),
+    cell_name(scheme, family): (SCHEMES[scheme], FAMILIES[family])
+    for scheme in SCHEMES
+    for family in FAMILIES
+    if refusal(scheme, family) is None
 }
 
 
 def make(
-    name: str,
+    name: str | Mapping[str, str | tuple[str, Mapping[str, Any]]],
     model: Any,
     /,
     *args: Any,
@@ -57,8 +49,10 @@ def make(
     """Build a guide for any Pyro program by name.
 
     Args:
-        name: A key of ``GUIDES``: the family alone for free parameters per datum, prefixed
-            ``amortized_`` for an encoder.
+        name: A key of ``GUIDES``: the family alone for free parameters per datum, prefixed by
+            the scheme otherwise (``amortized_``, ``iterative_``, ...). A mapping makes a
+            composite guide: from ``"global"``, ``"data"``, the name of a plate or a pattern of
+            site names to a name, or to a pair of a name and its options.
         model: The program.
         *args: Positional arguments of an example call of the program. Only shapes are taken from
             it, and for amortized guides the scale of the inputs.
@@ -85,16 +79,69 @@ def make(
         torch.Size([3])
     """
     from guides.guide import Guide
+    from guides.recipe import Recipe
 
+    known = {"guide": ["data_plate", "jacobian", "name"]}
+    if isinstance(name, str):
+        family, scheme, rest = _cell(name, options, known)
+        guide = Guide(
+            model, *args, family=family, scheme=scheme, model_kwargs=model_kwargs, **rest
+        )
+        guide.recipe = Recipe.of("make", name, options, args, model_kwargs)
+        return guide
+    cells = {}
+    for key, entry in name.items():
+        cell, cell_options = (entry, {}) if isinstance(entry, str) else entry
+        *cells[key], _ = _cell(cell, cell_options, {})  # type: ignore[misc]
+    unknown = [option for option in options if option not in known["guide"]]
+    if unknown:
+        raise TypeError(
+            f"A composite guide has no option {unknown[0]!r}; its own options are "
+            f"{', '.join(known['guide'])}. Options of a cell stand beside its name: "
+            '{"data": ("amortized_normal", {"hidden": (64,)})}.'
+        )
+    guide = Guide(
+        model,
+        *args,
+        cells={key: (cell[0], cell[1]) for key, cell in cells.items()},
+        model_kwargs=model_kwargs,
+        **options,
+    )
+    guide.recipe = Recipe.of("make", name, options, args, model_kwargs)
+    return guide
+
+
+def _cell(
+    name: str, options: Mapping[str, Any], more: Mapping[str, list[str]]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Family and scheme of a name with their options, and the options of neither."""
     if name not in GUIDES:
-        raise ValueError(f"Unknown guide {name!r}. Available guides: {', '.join(GUIDES)}.")
+        reason = next(
+            (
+                found
+                for scheme in SCHEMES
+                for family in FAMILIES
+                if cell_name(scheme, family) == name
+                and (found := refusal(scheme, family)) is not None
+            ),
+            None,
+        )
+        if reason is not None:
+            raise ValueError(f"There is no guide {name!r}: {reason}")
+        close = difflib.get_close_matches(str(name), GUIDES, 5, 0.4)
+        raise ValueError(
+            f"Unknown guide {name!r}. "
+            + (f"Did you mean {', '.join(close)}? " if close else "")
+            + f"A name is a family ({', '.join(FAMILIES)}), prefixed by a scheme unless it is "
+            f"local ({', '.join(s for s in SCHEMES if s != 'local')}): amortized_normal."
+        )
     scheme, family = (_resolve(path) for path in GUIDES[name])
     known = {
         "scheme": _options(scheme, skip=("init", "group", "call")),
         "family": _options(family, skip=("size",)),
-        "guide": ["data_plate", "jacobian", "name"],
+        **more,
     }
-    sorted_options: dict[str, dict[str, Any]] = {part: {} for part in known}
+    sorted_options: dict[str, dict[str, Any]] = {part: {} for part in (*known, "guide")}
     for option, value in options.items():
         prefix, _, rest = option.partition("_")
         if prefix in ("scheme", "family") and rest in known[prefix]:
@@ -105,13 +152,10 @@ def make(
             listed = ", ".join(sorted({o for names in known.values() for o in names}))
             raise TypeError(f"Guide {name!r} has no option {option!r}. Its options: {listed}.")
         sorted_options[owner][option] = value
-    return Guide(
-        model,
-        *args,
-        family=functools.partial(family, **sorted_options["family"]),
-        scheme=functools.partial(scheme, **sorted_options["scheme"]),
-        model_kwargs=model_kwargs,
-        **sorted_options["guide"],
+    return (
+        functools.partial(family, **sorted_options["family"]),
+        functools.partial(scheme, **sorted_options["scheme"]),
+        sorted_options["guide"],
     )
 
 
@@ -150,7 +194,16 @@ def _options(function: Any, skip: tuple[str, ...]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name not in skip]
 
 
-_SUBMODULES = ("diagnostics", "draws", "energy", "families", "inference", "layout", "rows")
+_SUBMODULES = (
+    "diagnostics",
+    "draws",
+    "energy",
+    "families",
+    "inference",
+    "layout",
+    "objectives",
+    "rows",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -158,6 +211,9 @@ def __getattr__(name: str) -> Any:
         from guides.guide import Guide
 
         return Guide
+    if name in ("load", "save"):
+        home = {"load": "guides.loading", "save": "guides.saving"}[name]
+        return getattr(importlib.import_module(home), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"guides.{name}")
     raise AttributeError(f"module 'guides' has no attribute {name!r}")

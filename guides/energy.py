@@ -65,6 +65,7 @@ class SiteTerms(Messenger):
         self.masks: dict[str, Any] = {}
         self.terms: dict[str, Tensor] = {}
         self.fns: dict[str, Any] = {}
+        self.reference: SiteTerms | None = None
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -104,10 +105,15 @@ class SiteTerms(Messenger):
         scale = site["scale"]
         if in_plate and plate.size != plate.num_rows:
             scale = scale / plate.scale
-        term = scale_and_mask(site["fn"].log_prob(site["value"]), scale, site["mask"])
+        term = scale_and_mask(self.density_of(site), scale, site["mask"])
         self.terms[name] = (
             _sum_to_rows(term, plate.dim, plate.num_rows) if in_plate else term.sum()
         )
+
+    def density_of(self, site: Mapping[str, Any]) -> Tensor:
+        """The term of a site at its batch shape, before scales and masks: its log density."""
+        term: Tensor = site["fn"].log_prob(site["value"])
+        return term
 
     def total(self) -> tuple[Tensor, Tensor]:
         """Sum of the terms: rows ``(B,)`` (``(0,)`` without a data plate) and a scalar."""
@@ -189,6 +195,8 @@ class LogJoint:
         *,
         validate: bool = False,
         expose_params: bool = False,
+        terms: type[SiteTerms] = SiteTerms,
+        reference: SiteTerms | None = None,
         **options: Any,
     ) -> SiteTerms:
         """Run the program with values substituted.
@@ -198,13 +206,16 @@ class LogJoint:
             validate: Let distributions check their arguments and values. Off by default, because
                 the checks read tensor values, which transforms such as vmap cannot do.
             expose_params: Let handlers outside see the parameters of the program.
+            terms: What is collected of every site; see :meth:`SiteTerms.density_of`.
+            reference: An earlier run that ``terms`` compares with.
             **options: See :class:`SiteTerms`.
         """
-        terms = SiteTerms(self.layout, values, **options)
+        collected = terms(self.layout, values, **options)
+        collected.reference = reference
         hidden = poutine.block(hide_types=["sample"]) if expose_params else poutine.block()
-        with pyro.validation_enabled(validate), hidden, terms:
+        with pyro.validation_enabled(validate), hidden, collected:
             self.model(*self.args, **self.kwargs)
-        return terms
+        return collected
 
     def rows(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Log joint of constrained values.

@@ -12,21 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fnmatch
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from guides.families.family import Family
+from guides.families.family import Family, PushedDistribution
 from guides.layout import Layout, layout
 from guides.location_scale import is_location_scale, location
 from guides.probe import Program
+from guides.recipe import Recipe
 from guides.schemes.local import Local
+from guides.schemes.recording import Scaled, active
 from guides.schemes.scheme import Call, Scheme
 from guides.sites import Group, Site
 from guides.supports import support_numbers
@@ -34,6 +39,8 @@ from guides.supports import support_numbers
 __all__ = ["Guide", "ProgramGuide"]
 
 _COUNTER = itertools.count()
+
+Cell = tuple[Callable[[int], Family], Callable[[Tensor, Group, Call], Scheme]]
 
 
 class _Reference:
@@ -63,6 +70,8 @@ class ProgramGuide(PyroModule):
 
     jacobian: bool = True
     has_density: bool = True
+    recipe: Recipe | None = None
+    """How the guide was built, for :func:`guides.save`; None where that is not known."""
 
     def __init__(
         self,
@@ -89,8 +98,15 @@ class ProgramGuide(PyroModule):
         self.data_plate = None if first.data_plate is None else first.data_plate.name
         self.latents = tuple(first.sites)
         self._observed = frozenset(first.observed)
+        self._partition: dict[str, tuple[str, ...]] | None = None
         self._sizes = {group.name: group.size for group in first.groups}
         self._example = first
+
+    def _split(self, partition: Mapping[str, Sequence[str]]) -> None:
+        """Take these groups of sites in place of global and data, in this order."""
+        self._partition = {name: tuple(sites) for name, sites in partition.items()}
+        self._example = self._example.split(self._partition)
+        self._sizes = {group.name: group.size for group in self._example.groups}
 
     @property
     def model(self) -> Program:
@@ -134,14 +150,15 @@ class ProgramGuide(PyroModule):
             else:
                 live = pyro.plate(plate.name, plate.size, subsample=plate.index, dim=plate.dim)
             plates[plate.name] = live
-        call = Call(self.model, args, dict(kwargs), read)
+        call = self._call(args, kwargs, read)
         packed: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         for group in read.groups:
+            # Outside the plate: refinement runs the program, which enters the plate itself.
+            q = self.group_distribution(group, call, packed)
             with contextlib.ExitStack() as stack:
                 if group.plate is not None:
                     stack.enter_context(plates[group.plate.name])
-                q = self.group_distribution(group, call, packed)
                 # The prefix keeps auxiliary names of several guides of one program apart.
                 packed[group.name] = pyro.sample(
                     f"_{self._pyro_name}_{group.name}", q, infer={"is_auxiliary": True}
@@ -188,10 +205,10 @@ class ProgramGuide(PyroModule):
         """
         kwargs = {} if kwargs is None else kwargs
         read = self._layout(args, kwargs, indices)
-        call = Call(self.model, args, dict(kwargs), read)
+        call = self._call(args, kwargs, read)
         draws: dict[str, Tensor] = {}
         log_q: dict[str, Tensor] = {}
-        upstream: dict[str, Tensor] = {}
+        upstream: dict[str, Tensor] = {}  # draws (S, ...) at the plates' dimensions
         num_batch = 0 if read.data_plate is None else -read.data_plate.dim
         with self._pyro_context:
             for group in read.groups:
@@ -201,19 +218,24 @@ class ProgramGuide(PyroModule):
                 value = q.rsample(() if batched else (num_samples,))
                 log_q[group.name] = q.log_prob(value).reshape(num_samples, *group.shape[:-1])
                 draws[group.name] = value.reshape(num_samples, *group.shape)
-                if group.plate is None:
-                    ones = (1,) * num_batch
-                    upstream[group.name] = value.reshape(num_samples, *ones, group.size)
+                ones = (1,) * num_batch
+                upstream[group.name] = (
+                    value.reshape(num_samples, *ones, group.size) if group.plate is None else value
+                )
         return draws, log_q, read
 
     def locations(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The center of q, as constrained values by site."""
         read = self._layout(args, kwargs, None)
-        call = Call(self.model, args, dict(kwargs), read)
+        call = self._call(args, kwargs, read)
+        located: dict[str, Tensor] = {}
         with self._pyro_context:
-            return read.constrain(
-                {group.name: self.group_location(group, call) for group in read.groups}
-            )
+            for group in read.groups:
+                located[group.name] = self.group_location(group, _given(call, located))
+        return read.constrain(located)
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout) -> Call:
+        return Call(self.model, args, dict(kwargs), read)
 
     def group_location(self, group: Group, call: Call) -> Tensor:
         """The center of q of one group, ``(B, K)`` or ``(K,)``."""
@@ -248,6 +270,8 @@ class ProgramGuide(PyroModule):
                 f"but this call of the model does not sample {', '.join(missing)}. Build a guide "
                 "for this program."
             )
+        if self._partition is not None:
+            probe = probe.split(self._partition)
         for group in probe.groups:
             if group.size != self._sizes[group.name]:
                 row = " a row" if group.plate is not None else ""
@@ -291,7 +315,8 @@ class Guide(ProgramGuide):
 
     Latents outside the data plate are global: they get the Local scheme of the same family. The
     covariance between global and local latents is represented only where one group holds
-    everything (``data_plate=None``).
+    everything (``data_plate=None``). A composite guide has several cells, each for some of the
+    latents, and q is their product.
 
     Args:
         model: Any Pyro program.
@@ -299,6 +324,9 @@ class Guide(ProgramGuide):
         family: A callable from a packed size K to a :class:`guides.families.family.Family`.
         scheme: A callable ``(init, group, call)`` to a :class:`guides.schemes.scheme.Scheme`,
             used for the latents of the data plate.
+        cells: For a composite guide, in place of ``family`` and ``scheme``: a mapping from
+            ``"global"``, ``"data"``, the name of a plate or a pattern of site names (as in
+            ``fnmatch``) to a pair ``(family, scheme)``. Every latent must be covered once.
         model_kwargs: Keyword arguments of the example call.
         data_plate: See :func:`guides.layout.layout`.
         jacobian: For families without a density: score values in unconstrained space, with the
@@ -306,8 +334,9 @@ class Guide(ProgramGuide):
         name: Prefix of the guide's parameters in Pyro's store; unique by default.
 
     Raises:
-        ValueError: Where an amortized scheme has no data plate to work on, a latent is masked, or
-            the layout cannot be read (:func:`guides.layout.layout`).
+        ValueError: Where an amortized scheme has no data plate to work on, a latent is masked,
+            the cells of a composite guide leave out a latent or cover it twice, or the layout
+            cannot be read (:func:`guides.layout.layout`).
 
     Example:
         >>> def model(x):
@@ -324,8 +353,9 @@ class Guide(ProgramGuide):
         self,
         model: Program,
         *args: Any,
-        family: Callable[[int], Family],
+        family: Callable[[int], Family] | None = None,
         scheme: Callable[[Tensor, Group, Call], Scheme] = Local,
+        cells: Mapping[str, Cell] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         data_plate: str | None = "auto",
         jacobian: bool | None = None,
@@ -333,48 +363,102 @@ class Guide(ProgramGuide):
     ) -> None:
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
         super().__init__(model, args, kwargs, data_plate=data_plate, name=name)
-        call = Call(model, args, kwargs, self._example)
+        if (family is None) == (cells is None):
+            raise ValueError("Pass either family= (one cell), or cells= (a composite guide).")
+        if family is not None:
+            chosen = {group.name: (family, scheme) for group in self._example.groups}
+            _check_data_plate(self._example, scheme)
+        else:
+            chosen = self._compose(cells or {})
+        self._order(chosen)
         self._example_call = (args, kwargs)
-        families, schemes = {}, {}
+        families: dict[str, Family] = {}
         for group in self._example.groups:
-            member = family(group.size).to(group.device)
-            if group.dtype.is_floating_point:
-                member = member.to(group.dtype)
-            start = _start(group)
-            make = Local if group.plate is None else scheme
-            families[group.name] = member
-            schemes[group.name] = make(member.init(start), group, call).to(group.device)
+            member = chosen[group.name][0](group.size).to(group.device)
+            families[group.name] = (
+                member.to(group.dtype) if group.dtype.is_floating_point else member
+            )
         self.families = nn.ModuleDict(families)
-        self.schemes = nn.ModuleDict(schemes)
         self.has_density = all(member.has_density for member in families.values())
-        self.amortized = any(member.amortized for member in schemes.values())
         if jacobian is not None and not jacobian and self.has_density:
             raise ValueError(
                 "jacobian=False drops the change of variables, which only a family without a "
                 "density (delta) may do: the ELBO of a density needs it."
             )
         self.jacobian = self.has_density if jacobian is None else jacobian
-        self._check(scheme)
+        # Grows while schemes are built: they may ask for what comes before them.
+        self.schemes = nn.ModuleDict()
+        call = self._call(args, kwargs, self._example)
+        for group in self._example.groups:
+            make = Local if group.plate is None else chosen[group.name][1]
+            init = families[group.name].init(_start(group))
+            self.schemes[group.name] = make(init, group, call).to(group.device)
+        self.amortized = any(member.amortized for member in self.schemes.values())
+        self._check()
         del self._example_call
 
-    def _check(self, scheme: Any) -> None:
-        example = self._example
-        amortizing = getattr(getattr(scheme, "func", scheme), "amortized", False)
-        if not amortizing:
-            _check_subsample_is_used(self, example)
-        if amortizing and "data" not in self.schemes:
-            if example.ambiguous:
-                raise ValueError(
-                    "Several plates hold every observed site, so an amortized guide cannot tell "
-                    f"which of them holds the data: pass data_plate= one of "
-                    f"{', '.join(example.ambiguous)}."
+    def _compose(self, cells: Mapping[str, Cell]) -> dict[str, Cell]:
+        """Split the groups so that every one has a single cell; the cell by group."""
+        covered: dict[str, list[str]] = {site: [] for site in self.latents}
+        for key in cells:
+            for site in _matched(key, self._example):
+                covered[site].append(key)
+        sites = self._example.sites
+        for site, keys in covered.items():
+            if len(keys) != 1:
+                problem = (
+                    f"{' and '.join(map(repr, keys))} all cover" if keys else "No cell covers"
                 )
-            raise ValueError(
-                "An amortized guide needs latents inside the data plate "
-                f"({'none found' if example.data_plate is None else repr(example.data_plate.name)}"
-                f"); all latents of this program are global: {', '.join(self.latents)}. Use the "
-                "same family without an encoder."
-            )
+                raise ValueError(
+                    f"{problem} latent site {site!r}. Every latent needs exactly one cell; the "
+                    f"cells are {', '.join(map(repr, cells))}, the latents "
+                    f"{', '.join(self.latents)}."
+                )
+        partition: dict[str, list[str]] = {}
+        chosen: dict[str, Cell] = {}
+        for group in self._example.groups:
+            keys = list(dict.fromkeys(covered[site.name][0] for site in group.sites))
+            for i, key in enumerate(keys):
+                own = [site.name for site in group.sites if covered[site.name][0] == key]
+                name = group.name if len(keys) == 1 else f"{group.name}_{i}"
+                partition[name], chosen[name] = own, cells[key]
+                scheme = cells[key][1]
+                if sites[own[0]].row_dim is None and _is_amortized(scheme) and key == "global":
+                    raise ValueError(
+                        "Cell 'global' is amortized, but global latents have no rows to read. "
+                        "Use the family alone, for example 'multivariate_normal'."
+                    )
+        self._split(partition)
+        return chosen
+
+    def _order(self, chosen: dict[str, Cell]) -> None:
+        """Split groups by site for the schemes that represent the dependence between sites."""
+        partition: dict[str, list[str]] = {}
+        for group in self._example.groups:
+            scheme = chosen[group.name][1]
+            order = getattr(getattr(scheme, "func", scheme), "order", None)
+            names = [site.name for site in group.sites]
+            if order is None or group.plate is None:
+                partition[group.name] = names
+                continue
+            if len(names) < 2:
+                raise ValueError(
+                    f"A {_words(scheme)} guide represents the dependence between latent sites of "
+                    f"a row, and there is one only: {names[0]}. Use the amortized guide of the "
+                    "same family."
+                )
+            cell = chosen.pop(group.name)
+            for name in reversed(names) if order == "reversed" else names:
+                key = f"{group.name}_{name}".replace(".", "_")
+                partition[key], chosen[key] = [name], cell
+        if list(partition) != [group.name for group in self._example.groups]:
+            self._split(partition)
+
+    def _check(self) -> None:
+        example = self._example
+        # Compares values, and those of a call that was rebuilt from its shapes say nothing.
+        if not self.amortized and is_validation_enabled():
+            _check_subsample_is_used(self, example)
         masked = [site.name for site in example.sites.values() if site.masked]
         if masked and self.has_density:
             raise ValueError(
@@ -383,24 +467,39 @@ class Guide(ProgramGuide):
                 "is observed), or use the delta family."
             )
 
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout) -> Call:
+        return Call(self.model, args, dict(kwargs), read, guide=self)
+
     def group_distribution(
         self, group: Group, call: Call, upstream: Mapping[str, Tensor]
     ) -> dist.TorchDistribution:
         """The family at the scheme's parameters."""
-        lam = self.schemes[group.name](group, call)
-        return self.families[group.name].distribution(group.batch(lam))
+        lam = self.schemes[group.name](group, replace(call, upstream=upstream))
+        family = self.families[group.name]
+        record = active()
+        if record and record[-1].group == group.name and record[-1].fraction < 1.0:
+            # Its own weights, too, learn from the mean over the iterations.
+            return PushedDistribution(Scaled(family, record[-1].fraction), group.batch(lam))
+        return family.distribution(group.batch(lam))
 
     def group_location(self, group: Group, call: Call) -> Tensor:
         """The family's location at the scheme's parameters."""
-        lam = self.schemes[group.name](group, call)
-        return self.families[group.name].location(lam)
+        return self.families[group.name].location(self.schemes[group.name](group, call))
 
     def parameters_of(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The parameters of q by group, ``(B, P)`` or ``(P,)``."""
+        """The parameters of q by group, ``(B, P)`` or ``(P,)``.
+
+        Groups that depend on others get their parameters at the centers of those.
+        """
         read = self._layout(args, kwargs, None)
-        call = Call(self.model, args, dict(kwargs), read)
+        call = self._call(args, kwargs, read)
+        found: dict[str, Tensor] = {}
+        located: dict[str, Tensor] = {}
         with self._pyro_context:
-            return {g.name: self.schemes[g.name](g, call) for g in read.groups}
+            for group in read.groups:
+                found[group.name] = self.schemes[group.name](group, _given(call, located))
+                located[group.name] = self.families[group.name].location(found[group.name])
+        return found
 
     def __repr__(self) -> str:
         """Family, scheme, what each group holds, and what the guide can do."""
@@ -412,7 +511,8 @@ class Guide(ProgramGuide):
                 f"{type(self.schemes[group.name]).__name__}, {group.size} coordinates{rows}: "
                 + ", ".join(site.name for site in group.sites)
             )
-        if len(self._example.groups) > 1:
+        parts = {group.plate is None for group in self._example.groups}
+        if len(parts) > 1:
             lines.append(
                 "  covariance between global and data latents: not represented "
                 "(data_plate=None puts all into one group)"
@@ -423,6 +523,61 @@ class Guide(ProgramGuide):
             f"external points: {_yes(external and self.has_density)}, minibatches: yes"
         )
         return "Guide(\n" + "\n".join(lines) + "\n)"
+
+
+def _check_data_plate(example: Layout, scheme: Any) -> None:
+    if not _is_amortized(scheme) or example.group("data") is not None:
+        return
+    if example.ambiguous:
+        raise ValueError(
+            "Several plates hold every observed site, so an amortized guide cannot tell "
+            f"which of them holds the data: pass data_plate= one of "
+            f"{', '.join(example.ambiguous)}."
+        )
+    raise ValueError(
+        "An amortized guide needs latents inside the data plate "
+        f"({'none found' if example.data_plate is None else repr(example.data_plate.name)}"
+        f"); all latents of this program are global: {', '.join(example.sites)}. Use the "
+        "same family without an encoder."
+    )
+
+
+def _is_amortized(scheme: Any) -> bool:
+    return bool(getattr(getattr(scheme, "func", scheme), "amortized", False))
+
+
+def _words(scheme: Any) -> str:
+    return str(getattr(getattr(scheme, "func", scheme), "__name__", "structured"))
+
+
+def _matched(key: str, example: Layout) -> list[str]:
+    """The latent sites that a key of a composite guide names."""
+    sites = example.sites.values()
+    plate = example.data_plate
+    if key == "global":
+        found = [site.name for site in sites if site.row_dim is None]
+    elif key == "data" or (plate is not None and key == plate.name):
+        found = [site.name for site in sites if site.row_dim is not None]
+    elif key in example.plates:
+        found = [s.name for s in sites if any(p.name == key for p in s.plates)]
+    else:
+        found = [site.name for site in sites if fnmatch.fnmatchcase(site.name, key)]
+    if not found:
+        raise ValueError(
+            f"Cell {key!r} covers no latent: it is neither 'global' nor 'data' nor a plate of the "
+            f"program ({', '.join(example.plates) or 'it has none'}), and no latent site matches. "
+            f"Latents: {', '.join(example.sites)}."
+        )
+    return found
+
+
+def _given(call: Call, located: Mapping[str, Tensor]) -> Call:
+    """The call with the groups before held at these packed values."""
+    upstream = {
+        name: call.layout.group(name).batch(value)  # type: ignore[union-attr]
+        for name, value in located.items()
+    }
+    return replace(call, upstream=upstream)
 
 
 def _check_subsample_is_used(guide: ProgramGuide, example: Layout) -> None:

@@ -15,7 +15,7 @@ The layout is read again on every call, because plates, indices and supports mov
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,20 @@ class Layout:
     def group(self, name: str) -> Group | None:
         """The group of that name, None where the model has no such latents."""
         return next((group for group in self.groups if group.name == name), None)
+
+    def split(self, partition: Mapping[str, Iterable[str]]) -> Layout:
+        """The same layout with other groups of sites.
+
+        Args:
+            partition: Names of sites by name of the group, in the order of the groups. The
+                sites of a group are all global, or all in the data plate.
+        """
+        groups = []
+        for name, names in partition.items():
+            sites = tuple(self.sites[site] for site in names)
+            plate = None if sites[0].row_dim is None else self.data_plate
+            groups.append(Group(name, sites, plate))
+        return replace(self, groups=tuple(groups))
 
     def pack(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Constrained values of all latents, packed and unconstrained, by group."""
@@ -325,7 +339,40 @@ def _observed_site(
         row_dim=row_plate.dim if in_plate and row_plate is not None else None,
         plates=tuple(plates[frame.name] for frame in frames),
         event_dim=fn.event_dim,
+        mask=_mask(site["mask"], fn, shape, value.device),
+        fn=fn,
     )
+
+
+def _mask(mask: Any, fn: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """Which entries of an observed value count: the handler's mask and the distribution's own.
+
+    Args:
+        mask: Of the handlers, at the batch shape.
+        fn: The distribution; each mask inside it stands at the batch shape of its own level.
+        shape: Shape of the value.
+        device: Device of the value.
+
+    Returns:
+        A boolean tensor: full batch dimensions, event dimensions of size one where they agree.
+    """
+    event_dim = fn.event_dim
+    found = [(mask, event_dim)]
+    while type(fn).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
+        found.append((getattr(fn, "_mask", None), fn.event_dim))
+        fn = fn.base_dist
+    result: Tensor | None = None
+    for item, depth in found:
+        if item is None or item is True:
+            continue
+        placed = torch.as_tensor(item, device=device)
+        placed = placed.reshape(placed.shape + (1,) * depth)
+        result = placed if result is None else result & placed
+    if result is None:
+        return None
+    result = result.reshape((1,) * (len(shape) - result.dim()) + tuple(result.shape))
+    batch = len(shape) - event_dim
+    return result.expand(*shape[:batch], *result.shape[batch:])
 
 
 def _check_static(first: Layout, moved: Layout) -> None:

@@ -151,6 +151,9 @@ class Observed:
         row_dim: Batch dimension of the data plate, None outside it.
         plates: The plates of the site, outermost first.
         event_dim: Number of event dimensions.
+        mask: Which entries count, boolean, with the dimensions of ``value``; event dimensions
+            have size one unless the mask tells their entries apart. None where there is no mask.
+        fn: The distribution of the site in this trace.
     """
 
     name: str
@@ -158,13 +161,20 @@ class Observed:
     row_dim: int | None
     plates: tuple[Plate, ...]
     event_dim: int
+    mask: Tensor | None = field(default=None, repr=False)
+    fn: Any = field(default=None, repr=False, compare=False)
 
     def rows(self) -> Tensor:
         """The value as one vector a row, ``(B, features)``."""
+        return self.rows_first(self.value).flatten(1)
+
+    def rows_first(self, value: Tensor) -> Tensor:
+        """A tensor with the dimensions of the value, rows moved to the front ``(B, ...)``."""
         if self.row_dim is None:
             raise ValueError(f"Observed site {self.name!r} is not in the data plate.")
-        rows = self.value.dim() - self.event_dim + self.row_dim
-        return self.value.movedim(rows, 0).reshape(self.value.shape[rows], -1)
+        rows = value.movedim(value.dim() - self.event_dim + self.row_dim, 0)
+        # A program of rows alone has one feature a row.
+        return rows.unsqueeze(-1) if rows.dim() == 1 else rows
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ class Group:
     """Latents that share one packed vector: ``"global"``, or ``"data"`` for those of the rows.
 
     Args:
-        name: ``"global"`` or ``"data"``.
+        name: ``"global"`` or ``"data"``; other names where a guide splits these groups.
         sites: Its sites in the order of packing, which is the order of the program.
         plate: The data plate, None for the global group.
     """

@@ -11,13 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
-from pyro.infer import Trace_ELBO
 
 import guides
+from guides.grid import cell_name, refusal
 from guides.inference import SVI, PredictiveCoding
+from guides.objectives import RefinementELBO
 from tests.model_cases import MODEL_CASES
 
-__all__ = ["GUIDE_CASES", "LOOP_CASES", "MODEL_CASES", "GuideCase", "LoopCase"]
+__all__ = [
+    "CORE_GUIDES",
+    "FAMILY_OPTIONS",
+    "GUIDE_CASES",
+    "LOOP_CASES",
+    "MODEL_CASES",
+    "SCHEME_OPTIONS",
+    "TWO_LEVELS",
+    "GuideCase",
+    "LoopCase",
+]
 
 
 @dataclass(frozen=True)
@@ -30,19 +41,64 @@ class GuideCase:
         return guides.make(name, model, *args, model_kwargs=model_kwargs, **self.options)
 
 
-_ENCODER = {"hidden": (8,)}
-_FLOW = {"transforms": 2, "bins": 4, "context": 2, "family_hidden": (8,)}
+_NETWORK = {"context": 2, "transforms": 2, "family_hidden": (8,)}
+
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "delta": {},
+    "normal": {},
+    "multivariate_normal": {},
+    "low_rank_normal": {"rank": 1},
+    "student_t": {},
+    "mixture": {"components": 2},
+    "auxiliary": _NETWORK,
+    "lateral_cholesky": {},
+    "lateral_symmetric": {},
+    "planar": {"transforms": 2},
+    "radial": {"transforms": 2},
+    "householder": {"transforms": 2},
+    "sylvester": {"transforms": 1, "rank": 1},
+    "iaf": {**_NETWORK, "family_hidden": (8, 8)},
+    "affine_coupling": _NETWORK,
+    "spline_coupling": {**_NETWORK, "bins": 4},
+    "monotone": {**_NETWORK, "transforms": 1, "signal": 2, "points": 8},
+}
+
+SCHEME_OPTIONS: dict[str, dict[str, Any]] = {
+    "local": {},
+    "amortized": {"hidden": (8,)},
+    "iterative": {"network": (8,), "num_iterations": 2},
+    "semi_amortized": {"hidden": (8,), "num_iterations": 2},
+    "laplace": {"hidden": (8,), "num_iterations": 1},
+    "bottom_up": {"hidden": (8,)},
+    "top_down": {"hidden": (8,)},
+    "autoregressive": {"hidden": (8,)},
+}
+
+
+def _case(scheme: str, family: str) -> GuideCase:
+    options = {**SCHEME_OPTIONS[scheme], **FAMILY_OPTIONS[family]}
+    if "hidden" not in SCHEME_OPTIONS[scheme] and "family_hidden" in options:
+        # Only the family has an option of that name, unless the scheme starts with an encoder.
+        key = "family_hidden" if scheme == "iterative" else "hidden"
+        options[key] = options.pop("family_hidden")
+    return GuideCase(options)
+
 
 GUIDE_CASES = {
-    "delta": GuideCase(),
-    "normal": GuideCase(),
-    "multivariate_normal": GuideCase(),
-    "spline_coupling": GuideCase(_FLOW),
-    "amortized_delta": GuideCase(_ENCODER),
-    "amortized_normal": GuideCase(_ENCODER),
-    "amortized_multivariate_normal": GuideCase(_ENCODER),
-    "amortized_spline_coupling": GuideCase({**_ENCODER, **_FLOW}),
+    cell_name(scheme, family): _case(scheme, family)
+    for scheme in SCHEME_OPTIONS
+    for family in FAMILY_OPTIONS
+    if refusal(scheme, family) is None
 }
+
+# Crossed with every model, program and trap; the other cells meet a model with two levels.
+CORE_GUIDES = (
+    *("delta", "normal", "multivariate_normal", "spline_coupling"),
+    *("amortized_delta", "amortized_normal", "amortized_multivariate_normal"),
+    "amortized_spline_coupling",
+    *("iterative_normal", "semi_amortized_normal", "laplace_normal"),
+)
+TWO_LEVELS = "hierarchical_vae"
 
 
 @dataclass(frozen=True)
@@ -53,7 +109,7 @@ class LoopCase:
 
 
 LOOP_CASES = {
-    "svi": LoopCase(lambda model, guide, optim: SVI(model, guide, optim, Trace_ELBO())),
+    "svi": LoopCase(lambda model, guide, optim: SVI(model, guide, optim, RefinementELBO())),
     "predictive_coding": LoopCase(
         lambda model, guide, optim: PredictiveCoding(model, optim, guide=guide, num_steps=3)
     ),

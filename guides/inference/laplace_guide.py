@@ -27,6 +27,7 @@ from guides.energy import LogJoint
 from guides.guide import ProgramGuide
 from guides.inference.relaxation import energy_function
 from guides.probe import Program
+from guides.recipe import Recipe
 from guides.schemes.scheme import Call
 from guides.sites import Group, Plate
 
@@ -171,6 +172,7 @@ class Laplace(ProgramGuide):
         log_joint.check_rows(packed, jacobian=jacobian)
         blocks = hessian(log_joint, packed, jacobian=jacobian)
         self.plate = read.data_plate
+        self.recipe = Recipe.of("laplace", None, {}, args, kwargs)
         tril: dict[str, Tensor] = {}
         if "local" in blocks:
             local = _symmetric(blocks["local"])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from guides.layout import Layout
 from guides.probe import Program
 from guides.sites import Group
+
+if TYPE_CHECKING:
+    from guides.guide import Guide
 
 __all__ = ["Call", "Scheme"]
 
@@ -24,12 +28,31 @@ class Call:
         args: Positional arguments of the model.
         kwargs: Keyword arguments of the model.
         layout: The layout of this call.
+        guide: The guide; None only while it is being built.
+        upstream: Packed draws of the groups before this one, as :meth:`draws` returns them but
+            at the plates' dimensions.
     """
 
     model: Program
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     layout: Layout
+    guide: Guide | None = field(default=None, repr=False)
+    upstream: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def draws(self, name: str) -> Tensor:
+        """Packed draws of an earlier group, ``(*S, B, K)``, or ``(*S, K)`` of a global one."""
+        group = self.layout.group(name)
+        if group is None or name not in self.upstream:
+            raise ValueError(
+                f"No draws of group {name!r} here. Groups drawn before: "
+                f"{', '.join(self.upstream) or 'none'}."
+            )
+        value = self.upstream[name]
+        if group.plate is None:
+            return value
+        left = value.shape[: value.dim() + group.plate.dim - 1]
+        return value.reshape(*left, group.plate.num_rows, group.size)
 
 
 class Scheme(nn.Module, abc.ABC):
@@ -38,6 +61,18 @@ class Scheme(nn.Module, abc.ABC):
     amortized: bool = False
     """Whether rows that were not seen before get parameters without being refitted."""
 
+    order: str | None = None
+    """How the latents of the data plate are split into groups, one a site, for schemes that
+    represent the dependence between them: ``"program"``, ``"reversed"``; None for one group."""
+
     @abc.abstractmethod
     def forward(self, group: Group, call: Call) -> Tensor:
-        """Parameters ``(B, P)`` of the rows of the data group, ``(P,)`` of the global group."""
+        """Parameters ``(B, P)`` of the rows of the data group, ``(P,)`` of the global group.
+
+        A scheme that reads ``call.upstream`` returns ``(*S, B, P)`` where those draws have
+        leading dimensions.
+        """
+
+    def start(self, group: Group, call: Call) -> Tensor:
+        """Parameters before any refinement; for most schemes the parameters."""
+        return self(group, call)
