@@ -23,6 +23,7 @@ from guides.diagnostics.arviz_export import to_arrays
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding, laplace
 from tests import arviz_programs as programs
+from tests.cases import CORE_GUIDES
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -516,7 +517,7 @@ def _log_q(name, guide, posterior, args):
     return None
 
 
-@pytest.mark.parametrize("name", [name for name in guides.GUIDES if "delta" not in name])
+@pytest.mark.parametrize("name", [name for name in CORE_GUIDES if "delta" not in name])
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_every_guide_of_the_grid_over_minibatches(name, batch_size):
     x = torch.randn(7) * 2 + 1

@@ -134,18 +134,21 @@ class Family(nn.Module, abc.ABC):
         Returns:
             The direction ``F^-1 g`` and the whitened gradient ``F^-1/2 g``, both ``(..., P)``.
         """
+        root = self.root(lam)
+        whitened = limited(root * gradient, limit)
+        return root * whitened, whitened
+
+    def root(self, lam: Tensor) -> Tensor:
+        """How far one unit goes in each parameter, ``F^-1/2`` of its diagonal, ``(..., P)``."""
         if not self.has_scale:
-            bounded = limited(gradient, limit)
-            return bounded, bounded
+            return torch.ones_like(lam)
         size = self.size
         raw = lam[..., size : 2 * size]
         scale = positive(raw)
         relative = scale / torch.sigmoid(raw) / math.sqrt(2)
         # What bends the family has no unit; its information is of the order of ten.
         rest = torch.full_like(lam[..., 2 * size :], 0.3)
-        root = torch.cat([scale, relative, rest], -1)
-        whitened = limited(root * gradient, limit)
-        return root * whitened, whitened
+        return torch.cat([scale, relative, rest], -1)
 
     def rsample_and_log_prob(
         self, lam: Tensor, sample_shape: Sequence[int] = ()

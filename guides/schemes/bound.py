@@ -133,6 +133,9 @@ class RowBound:
             return rows.sum(), rows
 
         (d_lam, d_own), rows = torch.func.grad(total, argnums=(0, 1), has_aux=True)(lam, own)
+        # A row whose draw left the range of numbers stays where it is in this step.
+        d_lam = torch.where(torch.isfinite(d_lam).all(-1, keepdim=True), d_lam, 0.0)
+        d_own = {name: torch.nan_to_num(value, 0.0, 0.0, 0.0) for name, value in d_own.items()}
         return Gradient(d_lam, rows, d_own)
 
     def errors(self, lam: Tensor, noise: Tensor) -> Tensor:

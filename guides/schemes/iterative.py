@@ -43,12 +43,12 @@ class Iterative(Refinement):
         h     = highway network(e)
         lam_t = gate(h) lam_{t-1} + (1 - gate(h)) m(h)     update="highway"
         lam_t = m(h)                                       update="direct"
-        lam_t = lam_{t-1} + rate(h) F^-1 g + m(h)          update="learned_step"
+        lam_t = lam_{t-1} + rate(h) F^-1 g + F^-1/2 tanh(m(h))      update="learned_step"
 
     F is the Fisher information of q, coordinate by coordinate, which makes the learned step
     independent of the units of the latents and a good method before anything is learned;
-    ``precondition=False`` steps along the gradient itself. Gradients of Gaussian families are
-    path gradients, which hardly vary from draw to draw near the optimum.
+    ``precondition=False`` steps along the gradient itself, ``rate(h) g + m(h)``. Gradients of
+    Gaussian families are path gradients, which hardly vary from draw to draw near the optimum.
 
     Nothing is backpropagated from one iteration to the next: ``lam_{t-1}`` and ``g`` enter as
     numbers. Under an ordinary objective the network learns from its last iteration; with
@@ -117,6 +117,7 @@ class Iterative(Refinement):
         inputs: Callable[..., Tensor] | Sequence[str] | None = None,
         encoder: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128),
+        features: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__(
             init,
@@ -132,6 +133,7 @@ class Iterative(Refinement):
             inputs=inputs,
             encoder=encoder,
             hidden=hidden,
+            features=features,
         )
         encodings = (encodings,) if isinstance(encodings, str) else tuple(encodings)
         unknown = [name for name in encodings if name not in ENCODINGS]
@@ -153,7 +155,7 @@ class Iterative(Refinement):
         self.register_buffer("init", init.clone())
         if "data" in encodings:
             # Reads the data as an encoder does; its network is not used.
-            self.reader = Encoder(init, group, call, inputs=inputs, hidden=(1,))
+            self.reader = Encoder(init, group, call, inputs=inputs, hidden=(1,), features=features)
             self.reader.network = nn.Identity()
         with torch.no_grad():
             read = self._read(self._start_of(init, call), group, call)
@@ -234,8 +236,11 @@ class Iterative(Refinement):
             return gate * lam + (1 - gate) * (self.init + move)
         if gradient is None:
             raise ValueError("The learned step needs the gradient.")
-        direction = family.natural(lam, gradient, _TRUST)[0] if self.precondition else gradient
-        return lam + 2 * self.rate * gate * direction + move
+        if not self.precondition:
+            return lam + 2 * self.rate * gate * gradient + move
+        # In units of q's own scale and bounded, an update cannot leave the range of numbers.
+        direction, _ = family.natural(lam, gradient, _TRUST)
+        return lam + 2 * self.rate * gate * direction + family.root(lam) * torch.tanh(move)
 
     def _encode(
         self,

@@ -18,7 +18,7 @@ from guides.schemes.scheme import Call
 from guides.sites import Group
 from guides.supports import unwrap
 
-__all__ = ["LaplaceRefinement"]
+__all__ = ["LaplaceRefinement", "row_hessian"]
 
 _FACTORS = (1.0, 0.5, 0.25, 0.0625, 0.0)
 
@@ -69,6 +69,7 @@ class LaplaceRefinement(Refinement):
         inputs: Callable[..., Tensor] | Sequence[str] | None = None,
         encoder: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128),
+        features: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__(
             init,
@@ -82,6 +83,7 @@ class LaplaceRefinement(Refinement):
             inputs=inputs,
             encoder=encoder,
             hidden=hidden,
+            features=features,
         )
         if curvature not in ("gauss_newton", "exact"):
             raise ValueError(f'curvature must be "gauss_newton" or "exact", got {curvature!r}.')
@@ -159,7 +161,7 @@ class _Curvature(SiteTerms):
         before = self.reference.fns[name]
         if site["is_observed"] and name not in self.given:
             try:
-                return kl_divergence(unmasked(before), unmasked(fn))
+                return kl_divergence(_unmasked(before), _unmasked(fn))
             except NotImplementedError:
                 return -fn.log_prob(value)
         if type(unwrap(fn)).__name__ not in ("Normal", "MultivariateNormal"):
@@ -170,7 +172,7 @@ class _Curvature(SiteTerms):
         return half.flatten(-site["fn"].event_dim).sum(-1) if site["fn"].event_dim else half
 
 
-def unmasked(fn: Any) -> Any:
+def _unmasked(fn: Any) -> Any:
     """A distribution without the mask around it, which is applied to its terms instead."""
     while hasattr(fn, "_mask") and hasattr(fn, "base_dist"):
         fn = fn.base_dist

@@ -50,6 +50,7 @@ class Refinement(Scheme):
         inputs: See :class:`guides.schemes.encoder.Encoder`.
         encoder: See there.
         hidden: See there.
+        features: See there.
     """
 
     amortized = True
@@ -70,6 +71,7 @@ class Refinement(Scheme):
         inputs: Callable[..., Tensor] | Sequence[str] | None = None,
         encoder: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128),
+        features: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__()
         if start not in ("encoder", "prior"):
@@ -91,7 +93,7 @@ class Refinement(Scheme):
         self.size = group.size
         if start == "encoder":
             self.encoder = Encoder(
-                init, group, call, inputs=inputs, encoder=encoder, hidden=hidden
+                init, group, call, inputs=inputs, encoder=encoder, hidden=hidden, features=features
             )
         else:
             self.offset = nn.Parameter(torch.zeros_like(init))

@@ -50,7 +50,11 @@ class Call:
             )
         value = self.upstream[name]
         if group.plate is None:
-            return value
+            plate = self.layout.data_plate
+            if plate is None or value.dim() == 1:
+                return value
+            # They stand at the plates' dimensions: ones between the draws and the vector.
+            return value.reshape(*value.shape[: plate.dim - 1], group.size)
         left = value.shape[: value.dim() + group.plate.dim - 1]
         return value.reshape(*left, group.plate.num_rows, group.size)
 

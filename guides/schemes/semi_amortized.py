@@ -95,6 +95,7 @@ class SemiAmortized(Refinement):
         inputs: Callable[..., Tensor] | Sequence[str] | None = None,
         encoder: nn.Module | None = None,
         hidden: Sequence[int] = (128, 128),
+        features: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__(
             init,
@@ -110,6 +111,7 @@ class SemiAmortized(Refinement):
             inputs=inputs,
             encoder=encoder,
             hidden=hidden,
+            features=features,
         )
         if optimizer not in ("auto", "natural", "momentum", "adam"):
             raise ValueError(

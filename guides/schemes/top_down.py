@@ -124,7 +124,7 @@ def _prior(group: Group, call: Call) -> Tensor:
         return torch.cat([site.flatten(v.expand(site.shape)) for v in (base.loc, base.scale)], -1)
 
     before = {other.name: other.shape for other in read.groups if other.name in call.upstream}
-    packed = {name: _draws(name, call) for name in before}
+    packed = {name: call.draws(name) for name in before}
     left = torch.broadcast_shapes(
         *(packed[name].shape[: -len(shape)] for name, shape in before.items())
     )
@@ -135,17 +135,6 @@ def _prior(group: Group, call: Call) -> Tensor:
         for name, shape in before.items()
     }
     return over_draws(conditional, flat, read).unflatten(0, left)
-
-
-def _draws(name: str, call: Call) -> Tensor:
-    """Draws of an earlier group, ``(*S, B, K)``, or ``(*S, K)`` of a global one."""
-    value = call.draws(name)
-    group, plate = call.layout.group(name), call.layout.data_plate
-    outside = group is not None and group.plate is None
-    if outside and plate is not None and value.dim() > 1:
-        # They stand at the plates' dimensions: ones between the draws and the vector.
-        return value.reshape(*value.shape[: plate.dim - 1], value.shape[-1])
-    return value
 
 
 def _distribution(name: str, log_joint: LogJoint, values: dict[str, Tensor]) -> Any:
