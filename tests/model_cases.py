@@ -17,13 +17,15 @@ class ModelCase:
         build: Builds the model; called inside a test, so that an error fails that test only.
         args: From the model to the positional arguments of an example call, all rows.
         plate: Name of the plate whose rows are data.
-        options: Further constructors of the same model, by name, for tests over variants.
+        variants: Further constructors of the same model, by name, for tests over variants.
+        mode: Whether a relaxation from the usual start nears a mode of the posterior.
     """
 
     build: Callable[[], Any]
     args: Callable[[Any], tuple[torch.Tensor, ...]]
     plate: str = "data"
     variants: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    mode: bool = True
 
 
 def simulate(model: Any) -> tuple[torch.Tensor, ...]:
@@ -66,6 +68,22 @@ MODEL_CASES = {
             "linear decoder": lambda: zoo.make("vae", x_dim=4, z_dim=2, hidden=()),
         },
     ),
+    "conv_vae": ModelCase(
+        build=lambda: zoo.make("conv_vae", x_shape=(1, 8, 8), z_dim=2, channels=(2,)),
+        args=simulate,
+        variants={
+            "color, gaussian, odd": lambda: zoo.make(
+                "conv_vae", x_shape=(3, 9, 8), z_dim=2, channels=(3, 2), likelihood="gaussian"
+            ),
+            "continuous bernoulli": lambda: zoo.make(
+                "conv_vae",
+                x_shape=(1, 8, 8),
+                z_dim=2,
+                channels=(2,),
+                likelihood="continuous_bernoulli",
+            ),
+        },
+    ),
     "hierarchical_vae": ModelCase(
         build=lambda: zoo.make("hierarchical_vae", x_dim=4, z_dims=(3, 2), hidden=(3,)),
         args=simulate,
@@ -85,4 +103,9 @@ MODEL_CASES = {
         plate="schools",
         variants={"centered": lambda: zoo.make("eight_schools", centered=True)},
     ),
+    # Without the leak its density is zero almost everywhere, and no guide has a finite ELBO.
+    "two_moons": ModelCase(build=lambda: zoo.make("two_moons", leak=0.1), args=simulate),
+    # The usual start, zero, is a saddle between its four modes.
+    "slcp": ModelCase(build=lambda: zoo.make("slcp"), args=simulate, mode=False),
+    "gaussian_mixture": ModelCase(build=lambda: zoo.make("gaussian_mixture"), args=simulate),
 }

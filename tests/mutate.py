@@ -39,6 +39,7 @@ SCORES = "tests/test_scores.py"
 TRAPS = "tests/test_traps.py"
 ROWS = "tests/test_rows_and_layout.py"
 FAMILIES = "tests/test_families.py"
+FLOWS = "tests/test_flows.py"
 
 FAULTS = [
     Fault(
@@ -254,10 +255,45 @@ FAULTS = [
     ),
     Fault(
         "the flow's density misses its scale",
-        "guides/families/spline_coupling.py",
-        "return _standard_log_prob(e) + log_det - self.scale.log().sum(-1)",
-        "return _standard_log_prob(e) + log_det",
+        "guides/families/flow.py",
+        "return scale * y, log_det + scale.log().sum(-1)",
+        "return scale * y, log_det",
         FAMILIES,
+    ),
+    Fault(
+        "the Sylvester flow multiplies by a transpose, as Pyro's",
+        "guides/families/sylvester.py",
+        "return z + _times(q, _times(r1, t)), log_det",
+        "return z + _times(q, _times(r1.mT, t)), log_det",
+        FLOWS,
+    ),
+    Fault(
+        "a planar step forgets its constraint",
+        "guides/families/planar.py",
+        "u = u + ((inner - raw) / norm).unsqueeze(-1) * w",
+        "u = u",
+        FLOWS,
+    ),
+    Fault(
+        "roots carry no derivative",
+        "guides/families/roots.py",
+        "for _ in range(2):",
+        "for _ in range(0):",
+        FLOWS,
+    ),
+    Fault(
+        "a coordinate sees itself",
+        "guides/families/autoregressive.py",
+        "before = place.unsqueeze(-1) > place",
+        "before = place.unsqueeze(-1) >= place",
+        FLOWS,
+    ),
+    Fault(
+        "a flow forgets the density of its base",
+        "guides/families/flow.py",
+        "return self.base.log_prob(base, e) - log_det",
+        "return StandardNormal(self.size).log_prob(base, e) - log_det",
+        FLOWS,
     ),
     Fault(
         "errors are not weighted by precision",

@@ -17,19 +17,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.conv_vae import ConvVAE
     from zoo.hierarchical_vae import HierarchicalVAE
     from zoo.linear_gaussian import LinearGaussian
     from zoo.model import Model
     from zoo.reference.eight_schools import EightSchools
+    from zoo.reference.gaussian_mixture import GaussianMixture
+    from zoo.reference.slcp import SLCP
+    from zoo.reference.two_moons import TwoMoons
     from zoo.vae import VAE
 
-__all__ = ["MODELS", "VAE", "EightSchools", "HierarchicalVAE", "LinearGaussian", "Model", "make"]
+__all__ = [
+    "MODELS",
+    "SLCP",
+    "VAE",
+    "ConvVAE",
+    "EightSchools",
+    "GaussianMixture",
+    "HierarchicalVAE",
+    "LinearGaussian",
+    "Model",
+    "TwoMoons",
+    "make",
+]
 
 MODELS = {
     "linear_gaussian": "zoo.linear_gaussian:LinearGaussian",
     "vae": "zoo.vae:VAE",
+    "conv_vae": "zoo.conv_vae:ConvVAE",
     "hierarchical_vae": "zoo.hierarchical_vae:HierarchicalVAE",
     "eight_schools": "zoo.reference.eight_schools:EightSchools",
+    "two_moons": "zoo.reference.two_moons:TwoMoons",
+    "slcp": "zoo.reference.slcp:SLCP",
+    "gaussian_mixture": "zoo.reference.gaussian_mixture:GaussianMixture",
 }
 
 

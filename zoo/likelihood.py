@@ -29,31 +29,37 @@ __all__ = [
     "ContinuousBernoulliLikelihood",
     "GaussianLikelihood",
     "Likelihood",
+    "likelihood_class",
     "make_likelihood",
 ]
 
 
 class Likelihood(nn.Module):
-    """A linear output layer and the distribution that it parameterizes.
+    """An output layer and the distribution that it parameterizes.
 
     Args:
-        in_features: Size H of the decoder's features.
-        x_dim: Dimension D of a row.
-        data_mean: Mean of the data ``(D,)``, from which the bias starts.
+        output: The output layer, from the decoder's features to one number a feature of x; its
+            ``bias`` has the event shape of x.
+        data_mean: Mean of the data, of that shape, from which the bias starts.
     """
 
     values: ClassVar[str] = "real"
 
-    def __init__(self, in_features: int, x_dim: int, data_mean: Tensor | None = None) -> None:
+    def __init__(self, output: nn.Module, data_mean: Tensor | None = None) -> None:
         super().__init__()
-        self.output = nn.Linear(in_features, x_dim)
+        self.output = output
+        bias = output.bias
+        if not isinstance(bias, Tensor):
+            raise ValueError("output must have a bias of the event shape of x.")
+        self.event_dim = bias.dim()
         if data_mean is None:
             return
         mean = torch.as_tensor(data_mean)
-        if mean.shape != (x_dim,) or not torch.isfinite(mean).all():
+        if mean.shape != bias.shape or not torch.isfinite(mean).all():
             raise ValueError(
-                f"data_mean must hold one finite mean a feature, shape ({x_dim},), got "
-                f"{tuple(mean.shape)}{'' if mean.shape != (x_dim,) else ' with NaN or infinity'}. "
+                f"data_mean must hold one finite mean a feature, shape {tuple(bias.shape)}, got "
+                f"{tuple(mean.shape)}"
+                f"{'' if mean.shape != bias.shape else ' with NaN or infinity'}. "
                 "Pass x.mean(0)."
             )
         if self.values != "real" and not ((mean >= 0) & (mean <= 1)).all():
@@ -63,17 +69,17 @@ class Likelihood(nn.Module):
                 'to 1, or use likelihood="gaussian".'
             )
         with torch.no_grad():
-            self.output.bias.copy_(self.initial_bias(mean))
+            bias.copy_(self.initial_bias(mean))
 
     def initial_bias(self, mean: Tensor) -> Tensor:
         """The bias that makes ``mean`` the mean of x."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its bias starts.")
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
-        """Distribution over rows, batch shape ``(...)`` and event shape ``(D,)``.
+        """Distribution over rows, batch shape ``(...)`` and the event shape of x.
 
         Args:
-            features: The decoder's features ``(..., H)``.
+            features: The decoder's features, ``(..., H)`` for a linear output layer.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what x follows.")
 
@@ -89,7 +95,8 @@ class BernoulliLikelihood(Likelihood):
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """Independent Bernoulli pixels."""
-        pixels: dist.TorchDistribution = dist.Bernoulli(logits=self.output(features)).to_event(1)
+        logits = self.output(features)
+        pixels: dist.TorchDistribution = dist.Bernoulli(logits=logits).to_event(self.event_dim)
         return pixels
 
 
@@ -113,8 +120,9 @@ class ContinuousBernoulliLikelihood(Likelihood):
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """Independent continuous Bernoulli pixels."""
+        logits = self.output(features)
         pixels: dist.TorchDistribution
-        pixels = dist.ContinuousBernoulli(logits=self.output(features)).to_event(1)
+        pixels = dist.ContinuousBernoulli(logits=logits).to_event(self.event_dim)
         return pixels
 
 
@@ -131,8 +139,8 @@ class GaussianLikelihood(Likelihood):
 
     min_scale: ClassVar[float] = 0.01
 
-    def __init__(self, in_features: int, x_dim: int, data_mean: Tensor | None = None) -> None:
-        super().__init__(in_features, x_dim, data_mean)
+    def __init__(self, output: nn.Module, data_mean: Tensor | None = None) -> None:
+        super().__init__(output, data_mean)
         start = torch.tensor(1.0 - self.min_scale)
         self.raw_scale = nn.Parameter(start.expm1().log())
 
@@ -148,7 +156,7 @@ class GaussianLikelihood(Likelihood):
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """Independent normal features."""
         row: dist.TorchDistribution
-        row = dist.Normal(self.output(features), self.scale).to_event(1)
+        row = dist.Normal(self.output(features), self.scale).to_event(self.event_dim)
         return row
 
 
@@ -166,10 +174,24 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 }
 
 
+def likelihood_class(name: str) -> type[Likelihood]:
+    """The class of a likelihood, for decoders that bring their own output layer.
+
+    Args:
+        name: A key of ``LIKELIHOODS``.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    if name not in LIKELIHOODS:
+        raise ValueError(f"Unknown likelihood {name!r}. Available: {', '.join(LIKELIHOODS)}.")
+    return LIKELIHOODS[name]
+
+
 def make_likelihood(
     name: str, in_features: int, x_dim: int, data_mean: Tensor | None = None
 ) -> Likelihood:
-    """Build a likelihood by name.
+    """Build a likelihood with a linear output layer by name.
 
     Args:
         name: A key of ``LIKELIHOODS``.
@@ -184,8 +206,7 @@ def make_likelihood(
         >>> make_likelihood("gaussian", 8, 3)(torch.zeros(5, 8)).event_shape
         torch.Size([3])
     """
-    if name not in LIKELIHOODS:
-        raise ValueError(f"Unknown likelihood {name!r}. Available: {', '.join(LIKELIHOODS)}.")
+    chosen = likelihood_class(name)
     if x_dim < 1:
         raise ValueError(f"x_dim must be at least 1, got {x_dim}.")
-    return LIKELIHOODS[name](in_features, x_dim, data_mean)
+    return chosen(nn.Linear(in_features, x_dim), data_mean)

@@ -35,7 +35,8 @@ class RefinementELBO(ELBO):
         objective: The objective of the last iteration: anything with ``differentiable_loss``.
             By default ``Trace_ELBO``.
         num_particles: Draws of the default objective.
-        vectorize_particles: Whether they are one batch: then a row is refined once for all.
+        vectorize_particles: Whether they are one batch: then a row is refined once for all, and
+            the program must take a further batch dimension on the left.
 
     Example:
         >>> import pyro, pyro.distributions as dist, guides
@@ -56,7 +57,7 @@ class RefinementELBO(ELBO):
         objective: Any = None,
         *,
         num_particles: int = 1,
-        vectorize_particles: bool = True,
+        vectorize_particles: bool = False,
     ) -> None:
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         if objective is None:
