@@ -90,27 +90,55 @@ def models() -> str:
 
 
 def grid() -> str:
-    """Families down, schemes across: the names of ``guides.GUIDES``."""
-    import guides
+    """The families and the schemes of ``guides``, with what each can do."""
+    from guides.families import FAMILIES
+    from guides.grid import cell_name, refusal
+    from guides.schemes import SCHEMES
 
-    cells: dict[Any, dict[Any, str]] = {}
-    schemes: dict[Any, None] = {}
-    for name, (scheme, family) in guides.GUIDES.items():
-        schemes.setdefault(resolve(scheme))
-        cells.setdefault(resolve(family), {})[resolve(scheme)] = f"`{name}`"
-    header = ["Family", "q(u) over unconstrained latents"]
-    header += [scheme.__name__ for scheme in schemes]
     rows = []
-    for family, row in cells.items():
+    for name, path in FAMILIES.items():
+        family = resolve(path)
+        member = family(3)
         cited = references(family)
-        about = summary(family) + (f" ({cited})" if cited else "")
-        rows.append([family.__name__, about, *(row.get(scheme, "") for scheme in schemes)])
-    about_schemes = []
-    for scheme in schemes:
+        rows.append(
+            [
+                f"`{name}`",
+                summary(family) + (f" ({cited})" if cited else ""),
+                _flag(member.has_density),
+                _flag(member.has_density and member.scores_external_points),
+                _flag(_has_entropy(member)),
+                ", ".join(
+                    f"`{scheme}_`" for scheme in SCHEMES if refusal(scheme, name) is not None
+                ),
+            ]
+        )
+    header = ["Family", "q(u) over unconstrained latents", "Density", "Scores any point"]
+    header += ["Entropy in closed form", "Not under"]
+    families = table(header, rows)
+    rows = []
+    for name, path in SCHEMES.items():
+        scheme = resolve(path)
         cited = references(scheme)
-        about = summary(scheme) + (f" ({cited})" if cited else "")
-        about_schemes.append(f"- **{scheme.__name__}**: {about[:1].lower()}{about[1:]}.")
-    return "\n".join([table(header, rows), "", *about_schemes])
+        rows.append(
+            [
+                f"`{cell_name(name, 'normal')}`",
+                summary(scheme) + (f" ({cited})" if cited else ""),
+                _flag(scheme.amortized),
+                "yes" if scheme.amortized else "yes, with the rows' numbers",
+            ]
+        )
+    schemes = table(["For example", "Scheme", "Amortized", "Minibatches"], rows)
+    return f"{families}\n\n{schemes}"
+
+
+def _flag(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _has_entropy(family: Any) -> bool:
+    import torch
+
+    return family.entropy(family.init(torch.zeros(2, family.size))) is not None
 
 
 def results() -> str:
