@@ -92,7 +92,7 @@ def make(
     cells = {}
     for key, entry in name.items():
         cell, cell_options = (entry, {}) if isinstance(entry, str) else entry
-        *cells[key], _ = _cell(cell, cell_options, {})  # type: ignore[misc]
+        *cells[key], _ = _cell(cell, cell_options, {})
     unknown = [option for option in options if option not in known["guide"]]
     if unknown:
         raise TypeError(

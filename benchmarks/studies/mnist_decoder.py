@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
@@ -58,6 +59,7 @@ def train(epochs: int, seed: int = 0, batch_size: int = 100, lr: float = 1e-3) -
 
     pyro.set_rng_seed(seed)
     data = binarized_mnist.load()
+    validation = torch.as_tensor(data.validation)
     with pyro.get_param_store().scope():
         model = make_model(data.train.mean(0))
         guide = make_encoder(model, data.train)
@@ -73,7 +75,7 @@ def train(epochs: int, seed: int = 0, batch_size: int = 100, lr: float = 1e-3) -
                 svi.step(*args, **kwargs)
             if epoch % 2 and epoch != epochs - 1:
                 continue
-            valid = -svi.evaluate_loss(data.validation) / len(data.validation)
+            valid = -svi.evaluate_loss(validation) / len(validation)
             history.append({"epoch": epoch + 1, "validation_elbo": round(valid, 3)})
             print(history[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
             if valid > best:

@@ -21,6 +21,7 @@ study that is stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def fit_local(
         guide = guides.make(name, model, x, init_scale=0.5, **(options or {}))
         if start is not None:
             with torch.no_grad():
-                guide.schemes["data"].table[:, : 2 * Z_DIM] = start
+                _scheme(guide).table[:, : 2 * Z_DIM] = start
         optim = pyro.optim.ClippedAdam(
             {"lr": 0.05, "lrd": 0.01 ** (1 / num_steps), "clip_norm": 1e4}
         )
@@ -116,7 +117,7 @@ def best_local(
     for label, start in starts.items():
         guide, curve = fit_local(model, name, x, start, num_steps=num_steps, options=options)
         score = elbo(model, guide, x, num_samples=NUM_DRAWS)
-        tables.append(guide.schemes["data"].table.detach())
+        tables.append(_scheme(guide).table.detach())
         rows.append(score.rows)
         log.add(
             key={"method": name, "start": label},
@@ -130,7 +131,7 @@ def best_local(
     better = torch.stack(rows).argmax(0)
     lam = torch.stack(tables)[better, torch.arange(len(x))]
     with torch.no_grad():
-        guide.schemes["data"].table.copy_(lam)
+        _scheme(guide).table.copy_(lam)
     # Scored again with fresh draws: the larger of two estimates is biased upwards.
     score = elbo(model, guide, x, num_samples=NUM_DRAWS)
     log.add(
@@ -156,20 +157,23 @@ def train_refiner(model: zoo.VAE, train: Tensor, num_steps: int, cache: Path) ->
     file = cache / "refiner.pt"
     with pyro.get_param_store().scope():
         guide = guides.make("iterative_normal", model, train[:5000], **REFINER)
-        encoder = load_encoder(model, train[:5000]).schemes["data"]
-        guide.schemes["data"].encoder.load_state_dict(encoder.state_dict())
+        encoder = _scheme(load_encoder(model, train[:5000]))
+        _scheme(guide).encoder.load_state_dict(encoder.state_dict())
         if file.exists():
             guide.load_state_dict(torch.load(file, weights_only=True))
             return guide.eval()
-        guide.schemes["data"].encoder.requires_grad_(False)
         optim = pyro.optim.ClippedAdam(
             {"lr": 1e-3, "lrd": 0.05 ** (1 / num_steps), "clip_norm": 1e3}
         )
         svi = SVI(model, guide, optim, RefinementELBO())
         generator = torch.Generator().manual_seed(0)
-        for _ in range(num_steps):
-            rows = torch.randint(len(train), (100,), generator=generator)
-            svi.step(train[rows])
+        _scheme(guide).encoder.requires_grad_(False)
+        with warnings.catch_warnings():
+            # The encoder stays as it was trained, and Pyro says so at every step.
+            warnings.filterwarnings("ignore", ".*was not registered in the param store")
+            for _ in range(num_steps):
+                rows = torch.randint(len(train), (100,), generator=generator)
+                svi.step(train[rows])
         torch.save(guide.state_dict(), file)
     return guide.eval()
 
@@ -237,7 +241,7 @@ def _refined(log: StudyLog, model: zoo.VAE, train: Tensor, x: Tensor, cache: Pat
         if log.done(key):
             continue
         refiner = train_refiner(model, train, 1500, cache)
-        refiner.schemes["data"].eval_iterations = times * trained
+        _scheme(refiner).eval_iterations = times * trained
         score = elbo(model, refiner, x, num_samples=NUM_DRAWS)
         log.add(
             key=key,
@@ -246,6 +250,11 @@ def _refined(log: StudyLog, model: zoo.VAE, train: Tensor, x: Tensor, cache: Pat
                 "draw_gradients": times * trained * int(REFINER["num_particles"]),
             },
         )
+
+
+def _scheme(guide: guides.Guide) -> Any:
+    """The scheme of the rows."""
+    return guide.schemes["data"]
 
 
 def _rounded(rows: Tensor | None) -> list[float]:

@@ -97,6 +97,8 @@ def run(records: Path = RECORDS, *, seeds: int = 3, epochs: int = 200) -> None:
     """Run what is missing."""
     data = binarized_mnist.load()
     test = data.test[:NUM_TEST]
+    if data.validation is None:
+        raise ValueError("The study needs validation images.")
     validation = data.validation[:NUM_VALIDATION]
     with StudyLog(
         records,

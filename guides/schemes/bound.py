@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from guides import location_scale
 from guides.draws import over_draws
 from guides.energy import LogJoint
 from guides.families.family import Family
-from guides.schemes.scheme import Call
-from guides.sites import Group
+from guides.schemes.scheme import Call, Scheme
+from guides.sites import Group, Observed, Site
 
 __all__ = ["Gradient", "RowBound"]
 
@@ -61,7 +61,7 @@ class RowBound:
         if call.guide is None:
             raise ValueError("A refined guide needs the guide in its call.")
         self.group = group
-        self.family: Family = call.guide.families[group.name]
+        self.family = cast(Family, call.guide.families[group.name])
         self.jacobian = call.guide.jacobian
         self.log_joint = LogJoint(call.model, call.args, call.kwargs, layout=call.layout)
         self.num_particles = num_particles
@@ -122,7 +122,7 @@ class RowBound:
                 close to the posterior the gradient then hardly varies from draw to draw. Only
                 for families with cheap densities; others ignore it.
         """
-        own = dict(self.family.named_parameters()) if weights else {}
+        own: dict[str, Tensor] = dict(self.family.named_parameters()) if weights else {}
         path = path and self.family.path_gradient
 
         def total(moving: Tensor, own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,8 @@ class RowBound:
         terms = self.log_joint.run(values, density=False)
         read = self.log_joint.layout
         result = {}
-        for name, site in (*read.sites.items(), *read.observed.items()):
+        sites: dict[str, Site | Observed] = {**read.sites, **read.observed}
+        for name, site in sites.items():
             if site.row_dim is None:
                 continue
             fn = terms.fns[name]
@@ -185,6 +186,7 @@ def _held(group: Group, call: Call, log_joint: LogJoint) -> dict[str, Tensor]:
             name: call.layout.group(name).batch(value)  # type: ignore[union-attr]
             for name, value in located.items()
         }
-        lam = guide.schemes[other.name].start(other, replace(call, upstream=upstream))
-        located[other.name] = guide.families[other.name].location(lam).detach()
+        scheme = cast(Scheme, guide.schemes[other.name])
+        lam = scheme.start(other, replace(call, upstream=upstream))
+        located[other.name] = cast(Family, guide.families[other.name]).location(lam).detach()
     return {other.name: located[other.name] for other in others}

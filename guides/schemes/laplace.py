@@ -139,7 +139,7 @@ def row_hessian(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     def gradient(v: Tensor) -> Tensor:
         return torch.func.grad(lambda w: function(w).sum())(v)
 
-    _, product = torch.func.vjp(gradient, u)
+    product = torch.func.vjp(gradient, u)[1]
     size = u.shape[-1]
     # The value of a row knows no other row, so one vector probes all rows at once.
     basis = torch.eye(size, dtype=u.dtype, device=u.device).unsqueeze(1).expand(size, *u.shape)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from guides.energy import LogJoint
+from guides.families.family import Family
 from guides.rows import take_rows
 from guides.schemes.bound import RowBound
 from guides.schemes.encoder import Encoder
@@ -116,7 +117,7 @@ class Refinement(Scheme):
         loc = call.layout.pack(log_joint.predictions())[group.name]
         if call.guide is None:
             raise ValueError("A refined guide needs the guide in its call.")
-        return call.guide.families[group.name].init(loc) + self.offset
+        return cast(Family, call.guide.families[group.name]).init(loc) + self.offset
 
     def forward(self, group: Group, call: Call) -> Tensor:
         """Refined parameters ``(B, P)``."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from guides.families.family import Family
 from guides.schemes.bound import RowBound
 from guides.schemes.recording import Iterate, Refined, active
 from guides.schemes.refinement import Refinement, State
@@ -117,7 +119,7 @@ class SemiAmortized(Refinement):
             raise ValueError(
                 f'optimizer must be "auto", "natural", "momentum" or "adam", got {optimizer!r}.'
             )
-        family = None if call.guide is None else call.guide.families[group.name]
+        family = None if call.guide is None else cast(Family, call.guide.families[group.name])
         if optimizer == "auto":
             # Without a scale of q nothing says how far a step should go.
             optimizer = "natural" if family is None or family.has_scale else "adam"
