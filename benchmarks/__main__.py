@@ -13,6 +13,7 @@ __all__ = ["main"]
 _EXAMPLES = """examples:
   python -m benchmarks run quick --jobs 2              the built-in suite, in half an hour
   python -m benchmarks run quick --models vae --seeds 1 --budget demo
+  python -m benchmarks run autoguides                  Pyro's autoguides beside this project's
   python -m benchmarks run my_task.py                  a model, data and guides of your own
   python -m benchmarks report runs/quick               the report again, from records alone
 
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(source: str | None) -> int:
     from benchmarks.suites import SUITES
-    from benchmarks.task import task_names
+    from benchmarks.task_file import task_names
 
     if source is not None:
         for name, line in task_names(source).items():
@@ -100,20 +101,22 @@ def _run(options: argparse.Namespace, typed: Sequence[str]) -> int:
         print(f"{outcome.skipped} of {outcome.total} runs were recorded already and were skipped.")
     if outcome.interrupted:
         print(
-            f"Stopped. {outcome.skipped + outcome.done + outcome.failed} of {outcome.total} runs "
+            f"Stopped. {outcome.skipped + outcome.ended} of {outcome.total} runs "
             f"are recorded in {out}; the same command goes on from there."
         )
         return 130
-    if outcome.done or outcome.failed:
+    if outcome.ended:
+        refused = f", {outcome.refused} refused" if outcome.refused else ""
         print(
-            f"{outcome.done} runs finished, {outcome.failed} failed, in "
+            f"{outcome.done} runs finished, {outcome.failed} failed{refused}, in "
             f"{duration(outcome.seconds)}. Records: {out}"
         )
     print(text_table(read_records(out)))
     if not options.no_report:
         _report(str(out), None)
-    if outcome.failed and not outcome.done and not outcome.skipped:
-        print("pyro-zoo: every run failed; the report says why.", file=sys.stderr)
+    if outcome.fruitless:
+        where = "" if options.no_report else "; the report says why"
+        print(f"pyro-zoo: every run failed{where}.", file=sys.stderr)
         return 1
     return 0
 

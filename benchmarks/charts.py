@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.differences import Estimate, estimate
+from benchmarks.convergence import elbo_at
+from benchmarks.differences import Estimate, estimate, has_score
 from benchmarks.standings import Place, Standings
 from benchmarks.svg import MINUS, Axis, compact, drawing, line, mark, polyline, text
 from benchmarks.words import look
@@ -136,7 +137,8 @@ def _reference(table: Standings) -> dict[int, float]:
     best: dict[int, float] = {}
     for place in table.places:
         for run in place.runs:
-            name = "exact_log_evidence" if "exact_log_evidence" in run["rows"] else "log_evidence"
+            exact = has_score(run, "exact_log_evidence")
+            name = "exact_log_evidence" if exact else "log_evidence"
             found = estimate([run], name, joint=table.joint_score)
             if found is not None and found.finite:
                 best[run["seed"]] = max(best.get(run["seed"], -math.inf), found.value)
@@ -144,7 +146,7 @@ def _reference(table: Standings) -> dict[int, float]:
 
 
 def _curve(
-    place: Place, cost: str, reference: Mapping[int, float] | None
+    place: Place, cost: str, reference: Mapping[int, float] | None, joint: bool
 ) -> list[tuple[float, float]]:
     """A method's curve, averaged over seeds checkpoint by checkpoint."""
     curves = [run["curve"] for run in place.runs if run["curve"]]
@@ -159,10 +161,8 @@ def _curve(
             if run["curve"]
         ]
         x = float(np.mean([point[cost] for _, point in here]))
-        ys = [
-            point["elbo"] if reference is None else reference[run["seed"]] - point["elbo"]
-            for run, point in here
-        ]
+        scores = [(run["seed"], elbo_at(point, joint)) for run, point in here]
+        ys = [y if reference is None else reference[seed] - y for seed, y in scores]
         points.append((x, float(np.mean(ys))))
     return [point for point in points if point[0] > 0]
 
@@ -181,7 +181,10 @@ def cost_chart(table: Standings, cost: str, label: str) -> str:
     """
     gap = table.regime == "frozen"
     reference = _reference(table) if gap else None
-    curves = [(place, _curve(place, cost, reference)) for place in table.places if place.runs]
+    joint = table.joint_score
+    curves = [
+        (place, _curve(place, cost, reference, joint)) for place in table.places if place.runs
+    ]
     if gap:
         curves = [(place, [p for p in points if p[1] > 0]) for place, points in curves]
     curves = [(place, points) for place, points in curves if points]
@@ -216,7 +219,7 @@ def cost_chart(table: Standings, cost: str, label: str) -> str:
     names = {"gradient_evaluations": "gradient evaluations", "seconds": "wall seconds"}
     parts.append(text((34 + width) / 2, height - 10, names[cost], anchor="middle", cls="muted"))
     better = (
-        "gap to the evidence, nats per row (down is better)"
+        f"gap to the evidence, {table.unit} (down is better)"
         if gap
         else (f"ELBO, {table.unit} (up is better)")
     )

@@ -14,7 +14,7 @@ from benchmarks.differences import Estimate, paired
 from benchmarks.records import Records, append
 from benchmarks.standings import Standings, standings
 from benchmarks.table import html_table, text_table
-from benchmarks.task import Task
+from benchmarks.task import Task, listed
 
 __all__ = ["Comparison", "compare"]
 
@@ -138,7 +138,7 @@ def compare(
         make_model: Instead of `model`: builds the program afresh for each run.
         kwargs: Its keyword arguments.
         guides: Names of `guides.GUIDES`, Pyro guide classes, functions of one argument `model`
-            that build a guide, guides, or `benchmarks.Method`.
+            that build a guide, guides, or `benchmarks.Method`; one of them stands for itself.
         loops: `"svi"`, `"predictive_coding"`, or functions `(model, guide, optim)`.
         held_out: Positional arguments on which it is scored; the training data by default.
         held_out_kwargs: Keyword arguments with them.
@@ -163,15 +163,15 @@ def compare(
         model=model,
         make_model=make_model,
         args=args,  # type: ignore[arg-type]
-        kwargs=dict(kwargs or {}),
+        kwargs={} if kwargs is None else kwargs,
         held_out=held_out,  # type: ignore[arg-type]
-        held_out_kwargs=dict(held_out_kwargs or {}),
-        guides=tuple(guides),
-        loops=tuple(loops),
-        regimes=tuple(regimes),
-        budget=budget or Budget(),
+        held_out_kwargs={} if held_out_kwargs is None else held_out_kwargs,
+        guides=listed(guides),
+        loops=listed(loops),
+        regimes=listed(regimes),
+        budget=Budget() if budget is None else budget,
         **fields,
     )
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}.")
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"seeds must be a number of seeds, at least 1; got {seeds!r}.")
     return Comparison(compare_here(task, seeds=seeds, progress=progress))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Estimate", "estimate", "is_joint", "paired", "rows_of"]
+__all__ = ["Estimate", "estimate", "has_score", "is_joint", "paired", "pool", "rows_of"]
 
 Record = Mapping[str, Any]
 
@@ -64,7 +64,13 @@ def rows_of(run: Record, score: str) -> np.ndarray | None:
     return np.array([math.nan if value is None else value for value in values])
 
 
-def _pool(rows: Sequence[np.ndarray]) -> Estimate:
+def has_score(run: Record, score: str) -> bool:
+    """Whether a run has a score at all: a point that is no mode has no ELBO."""
+    return score in run.get("rows", {}) or score in run["scores"]
+
+
+def pool(rows: Sequence[np.ndarray]) -> Estimate:
+    """Return the mean of rows `(B,)`, one array a seed, with its standard error."""
     table = np.stack(rows)  # (S, B)
     num_seeds, num_rows = table.shape
     variance = table.mean(0).var(ddof=1) / num_rows if num_rows > 1 else 0.0
@@ -92,7 +98,7 @@ def _total(run: Record, score: str) -> tuple[float, float]:
 
 def is_joint(runs: Iterable[Record]) -> bool:
     """Whether any run has joint scores, so that all must be compared by totals."""
-    return any(run["scores"]["elbo"]["joint"] for run in runs)
+    return any(run["scores"]["log_evidence"]["joint"] for run in runs)
 
 
 def estimate(runs: Sequence[Record], score: str, *, joint: bool = False) -> Estimate | None:
@@ -104,14 +110,15 @@ def estimate(runs: Sequence[Record], score: str, *, joint: bool = False) -> Esti
         joint: Whether to take totals even where there are rows.
 
     Returns:
-        The estimate, per row or of the total; None without runs.
+        The estimate, per row or of the total; None where no run has this score.
     """
+    runs = [run for run in runs if has_score(run, score)]
     if not runs:
         return None
     rows = [rows_of(run, score) for run in runs]
     known = [item for item in rows if item is not None]
     if not joint and len(known) == len(runs) and len({len(item) for item in known}) == 1:
-        return _pool(known)
+        return pool(known)
     if any(score not in run["scores"] for run in runs):
         return None
     values, errors = zip(*(_total(run, score) for run in runs), strict=True)
@@ -145,6 +152,8 @@ def paired(
         (run, there[run["seed"], _ground(run)])
         for run in sorted(runs, key=lambda item: item["seed"])
         if (run["seed"], _ground(run)) in there
+        and has_score(run, score)
+        and has_score(there[run["seed"], _ground(run)], other_score)
     ]
     if not pairs:
         return None
@@ -155,7 +164,7 @@ def paired(
             break
         differences.append(left - right)
     if len(differences) == len(pairs):
-        return _pool(differences)
+        return pool(differences)
     lefts = [_total(run, score) for run, _ in pairs]
     rights = [_total(other, other_score) for _, other in pairs]
     values = [left[0] - right[0] for left, right in zip(lefts, rights, strict=True)]

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeGuard
 
-__all__ = ["closure", "code_digest", "source_digest", "stripped"]
+__all__ = ["closure", "code_digest", "imported_names", "local_files", "source_digest", "stripped"]
 
 PACKAGES = ("zoo", "guides", "benchmarks")
 _NAMED = re.compile(r"^(?:zoo|guides|benchmarks)(?:\.\w+)+(?::\w+)?$")
@@ -128,6 +128,47 @@ def closure(roots: Iterable[str]) -> list[str]:
             todo.append(module.rpartition(".")[0])
         todo.extend(_imports(module))
     return sorted(seen)
+
+
+def local_files(path: Path) -> list[Path]:
+    """Return a file of the user's own and all modules beside it that it imports, sorted.
+
+    Args:
+        path: A task file; imports are followed from module to module within its folder.
+    """
+    folder = path.resolve().parent
+    todo, seen = [path.resolve()], set[Path]()
+    while todo:
+        file = todo.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for name in imported_names(file):
+            if name.partition(".")[0] in PACKAGES:
+                continue
+            base = folder.joinpath(*name.split("."))
+            for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+                if candidate.is_file():
+                    todo.append(candidate)
+            # Importing a module runs the packages that it lies in.
+            parents = (
+                folder.joinpath(*name.split(".")[:i]) for i in range(1, name.count(".") + 1)
+            )
+            todo += [f / "__init__.py" for f in parents if (f / "__init__.py").is_file()]
+    return sorted(seen)
+
+
+def imported_names(path: Path) -> list[str]:
+    """Return every name that a file imports, `package.name` for `from package import name`."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names += [module] if module else []
+            names += [f"{module}.{alias.name}".lstrip(".") for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
 
 
 @cache

@@ -16,8 +16,8 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
 
+from benchmarks.autoguides import is_autoguide
 from benchmarks.fit import Meter, frozen
 from benchmarks.images import pictures
 from benchmarks.methods import Method, as_method
@@ -26,6 +26,7 @@ from benchmarks.scores import exact_evidence, score
 from benchmarks.shared_model import State, fingerprint, load_state, state_of
 from benchmarks.task import Task
 from benchmarks.workbench import Call, Tick, Workbench, silent
+from guides.inference import IndefiniteHessianError
 
 __all__ = ["execute", "has_parameters", "regimes_of", "train_shared_model"]
 
@@ -103,6 +104,7 @@ def execute(
         if regime == "frozen" and state:
             load_state(bench.model, state, *bench.train)
         posterior, cost = _fit(bench, method, regime)
+        no_elbo = cost.pop("no_elbo", None)
         pyro.set_rng_seed(SCORING_SEED)
         tick("score", 0.0)
         program = frozen(bench.model)
@@ -122,6 +124,7 @@ def execute(
             "rows": rows,
             "scored": task.scored_rows,
             "tier": task.tier or "bounds",
+            **({} if no_elbo is None else {"no_elbo": no_elbo}),
             **cost,
             "model_digest": fingerprint(state_of(bench.model, *bench.train)),
             "dtype": _dtype(bench.scored),
@@ -129,40 +132,52 @@ def execute(
         exact = exact_evidence(bench.model, *bench.scored)
         if exact is not None:
             outcome["tier"] = task.tier or "exact"
-            rows["exact_log_evidence"] = rounded(exact)
-        if images and task.image_shape is not None:
+            scores["exact_log_evidence"] = {"total": float(exact.sum()), "total_error": 0.0}
+            if exact.ndim == 1:
+                rows["exact_log_evidence"] = rounded(exact)
+        if images and task.image_shape is not None and posterior is not None:
             outcome["images"] = pictures(program, posterior, *bench.scored, task.image_shape)
         return outcome
 
 
-def _fit(bench: Workbench, method: Method, regime: str) -> tuple[Program, dict[str, Any]]:
-    """Return the guide to be scored on the scored rows, and what it cost."""
+def _fit(bench: Workbench, method: Method, regime: str) -> tuple[Program | None, dict[str, Any]]:
+    """Return the guide to be scored on the scored rows, and what it cost.
+
+    A point that is no mode has no posterior. A model that was trained jointly is scored by a
+    guide of another kind all the same: then there is no guide to be scored, and the reason.
+    """
     task = bench.task
     program = frozen(bench.model) if regime == "frozen" else bench.model
     trained, fitted = Meter(), Meter()
     watched = "training rows" if regime == "joint" else task.scored_rows
     guide: Program | None = None
-    if not method.relaxes:
+    if method.refit is None and not method.relaxes:
         guide = bench.guide(method, program, bench.train)
-        method = replace(method, refit=_belongs_to_its_rows(method, guide))
+        method = replace(method, refit=_belongs_to_its_rows(guide))
     refit = bool(method.refit) and task.held_out is not None
     posterior: Program | None = None
+    no_elbo = None
     if regime == "joint" or not (refit or method.relaxes):
         watch = bench.train if regime == "joint" else bench.scored
+        if guide is None and not method.relaxes:
+            guide = bench.guide(method, program, bench.train)
         loop, trained = bench.run_fit(method, program, guide, bench.train, "fit", watch=watch)
-        if not (refit or method.relaxes):
+    try:
+        if method.relaxes:
+            posterior, fitted = bench.relax(bench.scored)
+        elif refit:
+            fixed = frozen(bench.model)
+            guide = bench.guide(method, fixed, bench.scored)
+            loop, fitted = bench.run_fit(
+                method, fixed, guide, bench.scored, "refit", watch=bench.scored
+            )
+            posterior = _scored(bench, method, guide, loop, fitted)
+        else:
             posterior = _scored(bench, method, guide, loop, trained)
-    if method.relaxes:
-        posterior, fitted = bench.relax(bench.scored)
-    elif refit:
-        fixed = frozen(bench.model)
-        guide = bench.guide(method, fixed, bench.scored)
-        loop, fitted = bench.run_fit(
-            method, fixed, guide, bench.scored, "refit", watch=bench.scored
-        )
-        posterior = _scored(bench, method, guide, loop, fitted)
-    if posterior is None:
-        raise ValueError(f"Method '{method.name}' ended without a posterior.")
+    except IndefiniteHessianError as error:
+        if regime != "joint" or task.evidence_guide is None:
+            raise
+        no_elbo = str(error)
     return posterior, {
         "gradient_evaluations": {
             "training": trained.gradient_evaluations,
@@ -175,6 +190,20 @@ def _fit(bench: Workbench, method: Method, regime: str) -> tuple[Program, dict[s
         "curve": (trained if trained.curve else fitted).curve,
         "curve_rows": watched,
         "refitted": refit,
+        **({} if no_elbo is None else {"no_elbo": no_elbo}),
+        **_shared_weights(guide),
+    }
+
+
+def _shared_weights(guide: Any) -> dict[str, int]:
+    """The weights of a grid guide's families, which all rows share even where q is Local."""
+    families = getattr(guide, "families", None)
+    if not isinstance(families, torch.nn.ModuleDict):
+        return {}
+    # Global latents are there once: their family has no rows to share its weights.
+    own = [family for group, family in families.items() if not group.startswith("global")]
+    return {
+        "family_weights": sum(value.numel() for family in own for value in family.parameters())
     }
 
 
@@ -188,12 +217,10 @@ def _scored(
     return bench.posterior(method, program, guide, loop, bench.scored)
 
 
-def _belongs_to_its_rows(method: Method, guide: Program) -> bool:
+def _belongs_to_its_rows(guide: Program) -> bool:
     """Whether a guide's parameters are those of the rows it was fitted to."""
-    if method.refit is not None:
-        return method.refit
     amortized = getattr(guide, "amortized", None)
-    return isinstance(guide, AutoGuide) if amortized is None else not amortized
+    return is_autoguide(guide) if amortized is None else not amortized
 
 
 def _proposal(

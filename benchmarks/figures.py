@@ -7,12 +7,10 @@ from html import escape
 from typing import Any
 
 from benchmarks.charts import cost_chart, differences_chart, glyph, signed
-from benchmarks.differences import Estimate
 from benchmarks.images import decoded
 from benchmarks.png import data_uri, strip
 from benchmarks.standings import Place, Standings
-from benchmarks.svg import DASH, MINUS
-from benchmarks.words import FLOWS
+from benchmarks.svg import MINUS
 
 __all__ = ["costs", "gap_figure", "legend", "paired_figure", "shots", "theory"]
 
@@ -49,35 +47,9 @@ def gap_figure(table: Standings) -> str:
 
 
 def theory(table: Standings) -> str:
-    """Return what theory says of a shared model: where nats are lost, and the order demanded."""
-    parts = [part for part in (_losses(table), _checks(table)) if part]
-    return f'<div class="card">{"".join(parts)}</div>' if parts else ""
-
-
-def _losses(table: Standings) -> str:
-    rows = [
-        f'<tr><th scope="row">{escape(item.family)}</th>'
-        f"<td>{_interval(item.approximation)}</td><td>{_interval(item.amortization)}</td></tr>"
-        for item in table.losses
-    ]
-    if not any(item.amortization for item in table.losses):
-        return ""
-    flow = any(item.family in FLOWS for item in table.losses)
-    return (
-        '<h4>Where the nats go</h4><p class="note">By its shape: evidence minus ELBO of the '
-        "family's Local guide (approximation gap). By its encoder: ELBO of the Local guide minus "
-        "that of the encoder (amortization gap)."
-        + (" A flow's networks are shared by all rows, in the Local guide too." if flow else "")
-        + '</p><div class="scroll"><table class="plain"><thead><tr><th scope="col">Family</th>'
-        '<th scope="col">lost by its shape</th><th scope="col">lost by its encoder</th></tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _interval(item: Estimate | None) -> str:
-    if item is None or not item.finite:
-        return DASH
-    return f"{signed(item.value).lstrip('+')} ± {2 * item.standard_error:.3f}"
+    """Return what theory says of a shared model: the order that it demands."""
+    checks = _checks(table)
+    return f'<div class="card">{checks}</div>' if checks else ""
 
 
 def _checks(table: Standings) -> str:

@@ -1,7 +1,8 @@
 """Fit: run a loop for a number of updates and meter what it costs.
 
 Cost is counted in gradient evaluations, one for the gradient of one row's log joint at one draw:
-an update with P draws on B rows costs P B. A program without a data plate counts as one row.
+an update with P draws on B rows costs P B, and more by what a guide refines before it draws. A
+program without a data plate counts as one row.
 Seconds are those of the updates alone; scoring along the way is left out of both.
 """
 
@@ -18,8 +19,18 @@ from pyro import poutine
 from torch import nn
 
 from benchmarks.budget import Budget
+from guides.inference.checks import capture
 
-__all__ = ["Meter", "batches", "fit", "frozen", "make_optim", "parameters_of", "row_count"]
+__all__ = [
+    "Meter",
+    "batches",
+    "fit",
+    "frozen",
+    "make_optim",
+    "parameters_of",
+    "refinements",
+    "row_count",
+]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Program = Callable[..., Any]
@@ -39,6 +50,27 @@ class Meter:
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    def look(self, step: int, elbo: float, error: float, num_rows: int | None) -> None:
+        """Add a point to the curve at the cost so far.
+
+        Args:
+            step: Updates so far.
+            elbo: The ELBO per row, or the joint one.
+            error: Its standard error.
+            num_rows: Rows that it is the mean of; None for a joint one.
+        """
+        point = {
+            "step": step,
+            "gradient_evaluations": self.gradient_evaluations,
+            "seconds": round(self.seconds, 3),
+            "elbo": round(elbo, 4),
+        }
+        if num_rows is not None:
+            point["rows"] = num_rows
+        if math.isfinite(error):
+            point["error"] = round(error, 5)
+        self.curve.append(point)
+
 
 def row_count(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], plate: Any) -> int:
     """Return the rows of a call's data plate; one for a program without."""
@@ -46,6 +78,24 @@ def row_count(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
 
     data_plate = layout(model, args, kwargs, data_plate=plate).data_plate
     return 1 if data_plate is None else int(data_plate.num_rows)
+
+
+def refinements(guide: Any) -> list[int]:
+    """Return the gradients a row and draw that each refined group of a guide takes beforehand.
+
+    A step of refinement takes one for each draw of its inner bound; a Newton step one for the
+    gradient and one for every row of the curvature.
+    """
+    from guides.schemes.laplace import LaplaceRefinement
+    from guides.schemes.refinement import Refinement
+
+    found = []
+    for scheme in getattr(guide, "schemes", {}).values():
+        if isinstance(scheme, Refinement):
+            newton = isinstance(scheme, LaplaceRefinement)
+            each = 1 + scheme.size if newton else scheme.num_particles
+            found.append(scheme.num_iterations * each)
+    return found
 
 
 def frozen(model: Program) -> Program:
@@ -62,9 +112,8 @@ def frozen(model: Program) -> Program:
 def parameters_of(model: Program, call: Call) -> set[str]:
     """Return the names, in Pyro's store, of the parameters of a program."""
     args, kwargs = call
-    with pyro.get_param_store().scope(), poutine.block():
-        trace = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
-    return {name for name, node in trace.nodes.items() if node["type"] == "param"}
+    with pyro.get_param_store().scope():
+        return set(capture(model, args, kwargs))
 
 
 def make_optim(
@@ -127,7 +176,7 @@ def fit(
     rows: Callable[[Call], int],
     num_particles: int,
     checkpoints: set[int] | None = None,
-    monitor: Callable[[], float | None] | None = None,
+    monitor: Callable[[], tuple[float, float, int | None] | None] | None = None,
     tick: Callable[[float], None] = lambda fraction: None,
 ) -> None:
     """Run a loop, meter it, and look at it at checkpoints.
@@ -141,7 +190,7 @@ def fit(
         rows: Rows of a call.
         num_particles: Draws of the objective.
         checkpoints: Updates after which `monitor` is asked for a point of the learning curve.
-        monitor: Returns an ELBO estimate, or None where there is none yet.
+        monitor: Returns an ELBO, its error and its rows, or None where there is none yet.
         tick: Told the fraction done.
 
     Raises:
@@ -162,14 +211,7 @@ def fit(
             raise FloatingPointError(f"The loss is {float(loss)} after {step} updates.")
         if checkpoints and step in checkpoints and monitor is not None:
             value = monitor()
-            if value is not None and math.isfinite(value):
-                meter.curve.append(
-                    {
-                        "step": step,
-                        "gradient_evaluations": meter.gradient_evaluations,
-                        "seconds": round(meter.seconds, 3),
-                        "elbo": round(value, 4),
-                    }
-                )
+            if value is not None and math.isfinite(value[0]):
+                meter.look(step, *value)
         if step % 20 == 0 or step == num_steps:
             tick(step / num_steps)

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from html import escape
 
 from benchmarks.charts import glyph, interval, signed, span
+from benchmarks.convergence import LAST
 from benchmarks.differences import Estimate
 from benchmarks.page import Column, sortable
 from benchmarks.standings import Place, Standings
 from benchmarks.svg import DASH, MINUS, compact
-from benchmarks.words import look
+from benchmarks.words import first_sentence, look
 
 __all__ = ["estimator_note", "leaderboard", "standing", "value"]
 
 
-def value(item: Estimate | None, digits: int = 3) -> str:
-    """Return an estimate with its interval: the value and two standard errors."""
+def value(item: Estimate | None, digits: int = 3, missing: str = "failed") -> str:
+    """Return an estimate with its interval, two standard errors, or what there is instead."""
     if item is None:
-        return '<span class="no">failed</span>'
+        return f'<span class="no">{escape(missing)}</span>'
     if not item.finite:
         return "not finite"
     sign = MINUS if item.value < 0 else ""
@@ -110,13 +111,19 @@ def _tails(table: Standings) -> Column:
 def _name(place: Place, stale: set[str]) -> str:
     run = place.example
     old = any(item["digest"] in stale for item in (*place.runs, *place.failures))
-    badge = ' <span class="badge">code changed since</span>' if old else ""
-    return f'<span class="name">{glyph(run)}{escape(place.method)}{badge}</span>'
+    words = {"code changed since": old, "not converged": not place.converged}
+    badges = "".join(
+        f'<span class="badge{" warn" if text == "not converged" else ""}">{text}</span>'
+        for text, holds in words.items()
+        if holds
+    )
+    below = f'<span class="badges">{badges}</span>' if badges else ""
+    return f'<span class="name">{glyph(run)}{escape(place.method)}</span>{below}'
 
 
 def _with_interval(item: Estimate | None, place: Place, low: float, high: float) -> str:
     if item is None or not item.finite:
-        return value(item)
+        return value(item, missing=place.trouble or "none")
     drawn = interval(item, low, high, *look(place.example))
     return f'<span class="stack">{value(item)}{drawn}</span>'
 
@@ -139,6 +146,8 @@ def _share(share: float) -> str:
 
 
 def _seeds(place: Place) -> str:
+    if not place.runs and place.refusals:
+        return DASH
     if not place.failures:
         return str(len(place.runs))
     return f'<span class="no">{len(place.runs)} of {len(place.runs) + len(place.failures)}</span>'
@@ -146,7 +155,8 @@ def _seeds(place: Place) -> str:
 
 def estimator_note(table: Standings) -> str:
     """Return the estimator beside a figure: which, with how many draws, of which rows."""
-    done = next((place.runs[0] for place in table.places if place.runs), None)
+    finished = [run for place in table.places for run in place.runs]
+    done = next((run for run in finished if "elbo" in run["scores"]), None)
     if done is None:
         return ""
     evidence, elbo = done["scores"]["log_evidence"], done["scores"]["elbo"]
@@ -170,5 +180,38 @@ def standing(table: Standings, name: str, stale: set[str]) -> str:
         f'<div class="card"><h4>Leaderboard</h4><p class="note">In {unit}, higher is better. '
         "Choose a heading to sort.</p>"
         f"{leaderboard(table, name, stale)}"
-        f'<p class="note" style="margin:12px 0 0">{estimator_note(table)}</p></div>'
+        f'<p class="note" style="margin:12px 0 0">{estimator_note(table)}</p>{_remarks(table)}'
+        "</div>"
     )
+
+
+def _remarks(table: Standings) -> str:
+    """What a reader must know beside the numbers: what did not converge or was not ranked."""
+    parts = []
+    rising = [
+        f"<code>{escape(place.method)}</code> {signed(place.rise.value)}"
+        for place in table.places
+        if place.rise is not None and not place.converged
+    ]
+    if rising:
+        parts.append(
+            f"<b>Not converged.</b> Learning curves that still rose over the last "
+            f"{100 * LAST:.0f} % of the updates: {', '.join(rising)} {table.unit}. Their place is "
+            "that of this budget, and may change with more updates."
+        )
+    refused: dict[str, list[str]] = {}
+    for place in table.places:
+        if place.refusals and not place.runs:
+            refused.setdefault(place.trouble, []).append(place.method)
+    for trouble, names in refused.items():
+        listed = ", ".join(f"<code>{escape(name)}</code>" for name in names)
+        parts.append(
+            f'<b>Not ranked, {escape(trouble)}:</b> {listed}; <a href="#refusals">why</a>.'
+        )
+    if table.left_out:
+        listed = "; ".join(
+            f"<code>{escape(name)}</code> ({escape(first_sentence(text))})"
+            for name, text in table.left_out.items()
+        )
+        parts.append(f"<b>Left out, as they do not apply:</b> {listed}")
+    return "".join(f'<p class="note remark">{part}</p>' for part in parts)

@@ -7,9 +7,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
 __all__ = ["Method", "as_method", "as_methods", "family_and_scheme"]
@@ -97,20 +99,33 @@ class Method:
 def family_and_scheme(name: str) -> tuple[str, str]:
     """Split a name of the grid: `amortized_normal` is the family `normal`, found by an encoder.
 
+    Raises:
+        ValueError: For a name that the grid does not have.
+
     Example:
         >>> from benchmarks.methods import family_and_scheme
         >>> family_and_scheme("amortized_spline_coupling")
         ('spline_coupling', 'Encoder')
     """
-    prefixes = {
-        "amortized": "Encoder",
-        "semi_amortized": "SemiAmortized",
-        "iterative": "Iterative",
-    }
-    for prefix in sorted(prefixes, key=len, reverse=True):
-        if name.startswith(f"{prefix}_"):
-            return name[len(prefix) + 1 :], prefixes[prefix]
-    return name, "Local"
+    import guides
+    from guides.families import FAMILIES
+
+    if name not in guides.GUIDES:
+        raise ValueError(
+            f"'{name}' is not a guide of the grid. It has: {', '.join(guides.GUIDES)}. "
+            "Guides of your own are passed as a class, a function of `model`, or a guide."
+        )
+    scheme, family = guides.GUIDES[name]
+    names = {path: key for key, path in FAMILIES.items()}
+    return names[family], scheme.rpartition(":")[2]
+
+
+def _is_amortized(name: str) -> bool:
+    """Whether the scheme of a grid guide gives parameters to rows that it has not seen."""
+    import guides
+
+    module, _, attribute = guides.GUIDES[name][0].partition(":")
+    return bool(getattr(import_module(module), attribute).amortized)
 
 
 def _name_of(thing: Any) -> str:
@@ -138,17 +153,10 @@ def _is_factory(thing: Any) -> bool:
 
 
 def _grid_method(name: str, options: Mapping[str, Any]) -> Method:
-    import guides
-
-    if name not in guides.GUIDES:
-        raise ValueError(
-            f"'{name}' is not a guide of the grid. It has: {', '.join(guides.GUIDES)}. "
-            "Guides of your own are passed as a class, a function of `model`, or a guide."
-        )
     family, scheme = family_and_scheme(name)
     return Method(
         name,
-        refit=scheme != "Encoder",
+        refit=not _is_amortized(name),
         family=family,
         scheme=scheme,
         point=family == "delta",
@@ -208,10 +216,11 @@ def as_method(
     name = _name_of(entry)
     if _is_factory(entry):
         kind = entry.func if isinstance(entry, partial) else entry
-        auto = inspect.isclass(kind) and issubclass(kind, AutoGuide)
+        auto = inspect.isclass(kind) and issubclass(kind, AutoGuide | GuideMessenger)
         return Method(
             name,
             build=entry,
+            refit=True if auto else None,
             family=name.removeprefix("Auto") if auto else "own",
             scheme="Local" if auto else "own",
             point=inspect.isclass(kind) and issubclass(kind, AutoDelta),

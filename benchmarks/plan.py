@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import ast
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digest import closure, code_digest
+from benchmarks.checks import check_call, check_held_out, left_out
+from benchmarks.digest import closure, code_digest, imported_names, local_files
 from benchmarks.methods import Method, as_method, as_methods
 from benchmarks.provenance import machine, versions
 from benchmarks.records import run_key
 from benchmarks.suites import SUITES
-from benchmarks.task import Task, load_tasks
+from benchmarks.task import Task
+from benchmarks.task_file import load_tasks
 
 __all__ = [
     "Plan",
-    "check_held_out",
     "command_record",
     "digest_of",
     "plan",
@@ -43,6 +43,7 @@ class Plan:
         key: Finds the run again among records.
         digest: Digest of the code it runs.
         modules: The modules behind that digest.
+        data: Digest of the task's data.
     """
 
     task: Task
@@ -52,6 +53,7 @@ class Plan:
     key: str
     digest: str
     modules: tuple[str, ...] = field(repr=False)
+    data: str = ""
 
     @property
     def name(self) -> str:
@@ -73,6 +75,7 @@ class Plan:
             "seed": self.seed,
             "config": {**self.task.budget.as_config(), "method": self.method.as_config()},
             "digest": self.digest,
+            "data_digest": self.data,
             **({"note": self.method.note} if self.method.note else {}),
         }
 
@@ -84,14 +87,9 @@ def _roots(source: str | None, method: Method) -> tuple[list[str], list[Path]]:
     if source in SUITES:
         roots.append(SUITES[source])
     elif source is not None:
-        path = Path(source).resolve()
-        files.append(path)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                roots.append(node.module)
-                roots.extend(f"{node.module}.{alias.name}" for alias in node.names)
-            elif isinstance(node, ast.Import):
-                roots.extend(alias.name for alias in node.names)
+        files = local_files(Path(source))
+        for path in files:
+            roots.extend(imported_names(path))
     if method.grid is not None:
         import guides
 
@@ -104,7 +102,9 @@ def digest_of(source: str | None, method: Method) -> tuple[str, tuple[str, ...]]
     """Return the digest of the code that a method of a source runs, and the modules behind it."""
     roots, files = _roots(source, method)
     modules = closure(roots)
-    return code_digest(modules, files), (*modules, *(f"file:{path.name}" for path in files))
+    folder = Path(source).resolve().parent if files and source is not None else Path()
+    names = (f"file:{path.relative_to(folder).as_posix()}" for path in files)
+    return code_digest(modules, files), (*modules, *names)
 
 
 def _used_versions() -> dict[str, str]:
@@ -121,37 +121,10 @@ def shared_key(item: Plan, source: str | None) -> str:
         guide=task.decoder_guide,
         options=repr(task.guide_options.get(task.decoder_guide)),
         budget=task.budget.as_config(),
+        data=item.data,
         digest=digest,
         versions=_used_versions(),
     )
-
-
-def check_held_out(task: Task) -> None:
-    """Refuse held-out rows where a latent is shared by all rows.
-
-    Its posterior belongs to the training rows; fitted to the held-out ones it would score
-    something else than the reader asked for.
-
-    Raises:
-        ValueError: With the names of such latents.
-    """
-    if task.held_out is None:
-        return
-    import pyro
-    import torch
-
-    from guides.layout import layout
-
-    with pyro.get_param_store().scope(), torch.random.fork_rng():
-        read = layout(task.build_model(), task.args, task.kwargs, data_plate=task.data_plate)
-    shared = read.group("global")
-    if shared is not None:
-        names = ", ".join(repr(site.name) for site in shared.sites)
-        raise ValueError(
-            f"held_out scores rows that share no latent with the training rows, but in task "
-            f"'{task.name}' these latents are outside the data plate: {names}. Leave held_out "
-            "out: the task is then scored on its training rows, jointly."
-        )
 
 
 def plans_of(
@@ -172,14 +145,24 @@ def plans_of(
         regimes: Regimes to keep, all by default.
 
     Raises:
-        ValueError: Where held-out rows cannot be scored; see `check_held_out`.
+        ValueError: Where the program cannot be called with its arguments, or held-out rows cannot
+            be scored; see `check_call` and `check_held_out`.
     """
     from benchmarks.execute import regimes_of
 
+    check_call(task)
     check_held_out(task)
-    used = _used_versions()
+    used, data = _used_versions(), task.data_digest
     plans = []
-    found = as_methods(task.guides, task.loops, model=task.model, options=task.guide_options)
+    out = left_out(task)
+    entries = [entry for entry in task.guides if not (isinstance(entry, str) and entry in out)]
+    found = as_methods(entries, task.loops, model=task.model, options=task.guide_options)
+    if not found:
+        name, reason = next(iter(out.items()), ("", "guides= is empty"))
+        raise ValueError(
+            f"Nothing can be compared on task '{task.name}': no guide applies. "
+            + (f"{name}: {reason}" if name else f"{reason}; name some.")
+        )
     for regime in regimes_of(task):
         if regimes is not None and regime not in regimes:
             continue
@@ -196,10 +179,11 @@ def plans_of(
                     budget=task.budget.as_config(),
                     shared=task.decoder_guide if regime == "frozen" else None,
                     evidence=task.evidence_guide,
+                    data=data,
                     digest=digest,
                     versions=used,
                 )
-                plans.append(Plan(task, method, regime, seed, key, digest, modules))
+                plans.append(Plan(task, method, regime, seed, key, digest, modules, data))
     # All methods of the first seed come first, so that an early stop leaves a fair comparison.
     return sorted(plans, key=lambda item: item.seed)
 
@@ -248,8 +232,17 @@ def plan(
     return sorted(plans, key=lambda item: item.seed)
 
 
-def task_record(task: Task, source: str | None, regimes: Iterable[str]) -> dict[str, Any]:
-    """Return what a report says about a task."""
+def task_record(
+    task: Task, source: str | None, regimes: Iterable[str], out: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what a report says about a task.
+
+    Args:
+        task: The task.
+        source: The suite or file it comes from.
+        regimes: Its regimes.
+        out: What `left_out` returned for it.
+    """
 
     def shapes(args: Iterable[Any]) -> list[list[int]]:
         return [list(value.shape) for value in args if hasattr(value, "shape")]
@@ -272,6 +265,8 @@ def task_record(task: Task, source: str | None, regimes: Iterable[str]) -> dict[
         "expected_order": list(task.expected_order),
         "budget": task.budget.as_config(),
         "image_shape": list(task.image_shape) if task.image_shape else None,
+        "data_digest": task.data_digest,
+        "left_out": dict(out),
     }
 
 

@@ -13,12 +13,22 @@ from typing import Any
 
 from benchmarks.digest import code_digest
 from benchmarks.figures import costs, gap_figure, legend, paired_figure, shots, theory
+from benchmarks.gaps import gaps_figure
 from benchmarks.leaderboard import standing
 from benchmarks.page import page
 from benchmarks.progress import duration
 from benchmarks.records import Records, read_records
-from benchmarks.sections import failures, finding, glossary, methods, regime_heading, task_facts
+from benchmarks.sections import (
+    failures,
+    finding,
+    glossary,
+    methods,
+    refusals,
+    regime_heading,
+    task_facts,
+)
 from benchmarks.standings import Standings, standings
+from benchmarks.study_table import study_section
 from benchmarks.words import title
 
 __all__ = ["changed_digests", "render", "write_report"]
@@ -31,8 +41,9 @@ def changed_digests(records: Records) -> set[str]:
     there, the project's modules alone cannot tell, and nothing is marked.
     """
     changed = set()
-    for command in records.commands:
-        for digest, names in command["digests"].items():
+    sessions = [session for study in records.studies.values() for session in study.sessions]
+    for command in (*records.commands, *sessions):
+        for digest, names in command.get("digests", {}).items():
             files = [
                 Path(name.removeprefix("file:")) for name in names if name.startswith("file:")
             ]
@@ -70,11 +81,13 @@ def render(records: Records) -> str:
     """Return the report of records as HTML.
 
     Raises:
-        ValueError: If no run is recorded.
+        ValueError: If no run and no study is recorded.
     """
     runs = records.latest()
+    if not runs and not records.studies:
+        raise ValueError("A report needs at least one run or study; these records hold none.")
     if not runs:
-        raise ValueError("A report needs at least one run; these records hold none.")
+        return _studies_alone(records)
     tables = standings(runs, records.tasks)
     changed = changed_digests(records)
     every = all(run["digest"] in changed for run in runs)
@@ -94,9 +107,30 @@ def render(records: Records) -> str:
         body.append(task_facts(records.tasks.get(task, {}), mine))
         for table in (table for table in tables if table.task == task):
             body.append(_regime(table, stale))
-    body.append('<h2 id="failures">Failures</h2>' + failures(runs))
+    body += [study_section(study, changed) for study in records.studies.values()]
+    body.append('<h2 id="failures">Failures</h2>' + failures(runs) + refusals(runs))
     body.append(_provenance(records, runs, changed))
     return page(heading, "\n".join(body))
+
+
+def _studies_alone(records: Records) -> str:
+    """A page of studies, without any comparison."""
+    titles = {name: study.about.get("title", name) for name, study in records.studies.items()}
+    heading = "; ".join(titles.values())
+    nav = "".join(
+        f'<a href="#study-{escape(name)}">{escape(text)}</a>' for name, text in titles.items()
+    )
+    changed = changed_digests(records)
+    one = len(titles) == 1
+    sections = [
+        study_section(study, changed, titled=not one) for study in records.studies.values()
+    ]
+    contents = "" if one else f'<nav aria-label="Contents">{nav}</nav>'
+    return page(
+        heading,
+        '<header class="top"><p class="eyebrow">pyro-zoo study</p>'
+        f"<h1>{escape(heading)}</h1>{contents}</header>" + "\n".join(sections),
+    )
 
 
 def _label(task: str, records: Records) -> str:
@@ -105,6 +139,8 @@ def _label(task: str, records: Records) -> str:
 
 
 def _heading(records: Records, names: dict[str, str]) -> str:
+    if len(names) > 3:
+        return f"Posteriors compared on {len(names)} models"
     return f"Posteriors compared: {', '.join(names.values())}"
 
 
@@ -116,6 +152,7 @@ def _top(
     names: dict[str, str],
 ) -> str:
     failed = sum(run["status"] == "failed" for run in runs)
+    refused = sum(run["status"] == "refused" for run in runs)
     methods = {run["method"] for run in runs}
     seeds = {run["seed"] for run in runs}
     done = [run for run in runs if run["status"] == "ok"]
@@ -127,6 +164,7 @@ def _top(
         "seeds": len(seeds),
         "runs": len(runs),
         "failed": failed,
+        **({"refused": refused} if refused else {}),
         "fitting time": duration(spent),
     }
     items = "".join(f"<div><dt>{key}</dt><dd>{text}</dd></div>" for key, text in facts.items())
@@ -135,6 +173,7 @@ def _top(
         ("methods", "What was compared"),
         ("reading", "How to read it"),
         *((task, label) for task, label in names.items()),
+        *((f"study-{n}", study.about.get("title", n)) for n, study in records.studies.items()),
         ("failures", "Failures"),
         ("origin", "Where the numbers come from"),
     ]
@@ -169,11 +208,18 @@ def _top(
 def _regime(table: Standings, stale: set[str]) -> str:
     name = f"{table.task}-{table.regime}".replace("_", "-")
     heading, text = regime_heading(table)
-    figures = [paired_figure(table), gap_figure(table), theory(table), *costs(table)]
+    figures = [
+        paired_figure(table),
+        gap_figure(table),
+        gaps_figure(table),
+        theory(table),
+        *costs(table),
+    ]
     return (
         f'<h3 id="{escape(name)}">{heading}</h3><p>{text}</p>'
         f"{standing(table, f't-{name}', stale)}{legend(table)}"
-        f'<div class="pair">{"".join(figures)}</div>{shots(table)}'
+        f'<div class="pair">{"".join(figures)}</div>'
+        f'<div class="pair below">{"".join(costs(table))}</div>{shots(table)}'
     )
 
 

@@ -9,13 +9,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan import Plan, command_record, plan, plans_of, shared_key, task_record
+from benchmarks.checks import left_out
+from benchmarks.plan import (
+    Plan,
+    command_record,
+    plan,
+    plans_of,
+    shared_key,
+    task_record,
+)
 from benchmarks.pool import Job, run_jobs
 from benchmarks.progress import Progress, duration
 from benchmarks.provenance import machine, versions
 from benchmarks.records import Records, append, read_records
 from benchmarks.suites import SUITES
 from benchmarks.task import Task
+from benchmarks.words import first_sentence
 
 __all__ = ["Outcome", "compare_here", "run", "run_line"]
 
@@ -29,6 +38,8 @@ class Outcome:
     Args:
         done: Runs that finished now.
         failed: Runs that failed now.
+        refused: Runs that were refused now, for a reason that is no failure.
+        fruitless: Whether no run that was asked for is recorded as finished.
         skipped: Runs that were recorded already.
         total: Runs in all.
         seconds: Wall seconds.
@@ -37,10 +48,17 @@ class Outcome:
 
     done: int = 0
     failed: int = 0
+    refused: int = 0
     skipped: int = 0
     total: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    fruitless: bool = False
+
+    @property
+    def ended(self) -> int:
+        """Runs that ended now, however."""
+        return self.done + self.failed + self.refused
 
 
 def run_line(record: Mapping[str, Any]) -> str:
@@ -53,13 +71,17 @@ def run_line(record: Mapping[str, Any]) -> str:
         'vae joint normal seed 0: FAILED ValueError: no'
     """
     name = f"{record['task']} {record['regime']} {record['method']} seed {record['seed']}"
-    if record["status"] != "ok":
+    if record["status"] == "failed":
         error = record["error"]
-        return f"{name}: FAILED {error['type']}: {error['message'].splitlines()[0][:160]}"
-    elbo = record["scores"]["elbo"]
-    value = "not finite" if elbo["value"] is None else f"{elbo['value']:.3f}"
-    unit = "nats in all" if elbo["joint"] else "nats a row"
-    return f"{name}: ELBO {value} {unit}, {duration(sum(record['wall_seconds'].values()))}"
+        return f"{name}: FAILED {error['type']}: {first_sentence(error['message'])}"
+    if record["status"] == "refused":
+        return f"{name}: refused: {first_sentence(record['refusal']['message'])}"
+    word, score = "ELBO", record["scores"].get("elbo")
+    if score is None:
+        word, score = "no ELBO, evidence", record["scores"]["log_evidence"]
+    value = "not finite" if score["value"] is None else f"{score['value']:.3f}"
+    unit = "nats in all" if score["joint"] else "nats a row"
+    return f"{name}: {word} {value} {unit}, {duration(sum(record['wall_seconds'].values()))}"
 
 
 def _record(item: Plan, result: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +103,10 @@ def _headers(
     tasks = {item.task.name: item.task for item in plans}
     return [
         command_record(todo, command, budget, jobs),
-        *(task_record(task, source, regimes[name]) for name, task in tasks.items()),
+        *(
+            task_record(task, source, regimes[name], left_out(task))
+            for name, task in tasks.items()
+        ),
     ]
 
 
@@ -93,6 +118,7 @@ def _jobs(todo: Sequence[Plan], source: str, out: Path) -> list[Job]:
             "source": source if source in SUITES else str(Path(source).resolve()),
             "task": item.task.name,
             "budget": item.task.budget,
+            "data": item.data,
             "seed": item.seed,
             "state": None,
         }
@@ -152,7 +178,9 @@ def run(
     kept = {key for key, status in known.items() if not (retry_failed and status == "failed")}
     todo = [item for item in plans if item.key not in kept]
     outcome = Outcome(skipped=len(plans) - len(todo), total=len(plans))
+    finished = sum(known.get(item.key) == "ok" for item in plans)
     if not todo:
+        outcome.fruitless = finished == 0
         return outcome
     append(folder / RECORDS, _headers(plans, todo, source, budget, jobs, command))
     by_name = {item.name: item for item in todo}
@@ -179,13 +207,15 @@ def run(
                 append(folder / RECORDS, [record])
                 failed = record["status"] == "failed"
                 outcome.failed += failed
-                outcome.done += not failed
+                outcome.refused += record["status"] == "refused"
+                outcome.done += record["status"] == "ok"
                 bar.finished(name, run_line(record), failed=failed)
     except KeyboardInterrupt:
         outcome.interrupted = True
     finally:
         bar.close()
     outcome.seconds = time.monotonic() - start
+    outcome.fruitless = finished + outcome.done == 0
     return outcome
 
 

@@ -74,8 +74,13 @@ def elbo_estimate(
     kwargs: Mapping[str, Any],
     num_samples: int,
     data_plate: str | None = "auto",
-) -> float:
-    """Return one point of a learning curve: the ELBO per row, or the joint one."""
+) -> tuple[float, float, int | None]:
+    """Return one point of a learning curve.
+
+    Returns:
+        The ELBO per row, its error, and the number of rows; of a joint ELBO the total, its error,
+        and None.
+    """
     from guides.diagnostics import elbo
 
     with torch.random.fork_rng():
@@ -89,24 +94,32 @@ def elbo_estimate(
             data_plate=data_plate,
         )
     rows = None if result.joint else _array(result.rows)
-    return float(result.total) if rows is None else float(rows.mean())
+    # The Monte Carlo error: the spread between rows is the same for all points of a curve.
+    error = float(result.standard_error)
+    if rows is None:
+        return float(result.total), error, None
+    return float(rows.mean()), error / len(rows), len(rows)
 
 
 def exact_evidence(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> np.ndarray | None:
-    """Return log p(x) per row where a model knows it (`model.log_evidence`), else None."""
+    """Return log p(x) where a model knows it (`model.log_evidence`), else None.
+
+    Returns:
+        One value a row `(B,)`, or one of all rows `()` where they share latents.
+    """
     closed_form = getattr(model, "log_evidence", None)
     if closed_form is None:
         return None
     with torch.no_grad():
         values = closed_form(*args, **kwargs)
-    return _array(values) if values.dim() == 1 else None
+    return _array(values) if values.dim() <= 1 else None
 
 
 def score(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Callable[..., Any] | None,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     budget: Budget,
@@ -119,7 +132,7 @@ def score(
 
     Args:
         model: The program, its parameters fixed.
-        guide: A guide with a density.
+        guide: A guide with a density; None scores the model alone, by its evidence.
         args: Positional arguments: the rows to be scored.
         kwargs: Keyword arguments.
         budget: Numbers of draws.
@@ -134,24 +147,28 @@ def score(
 
     call: dict[str, Any] = {"model_kwargs": dict(kwargs), "data_plate": data_plate}
     rows: dict[str, Any] = {}
-    with torch.no_grad():
-        bound = elbo(model, guide, *args, num_samples=budget.num_samples, **call)
-        proposal = guide if evidence_guide is None else evidence_guide
-        evidence = log_evidence(
-            model, proposal, *args, num_samples=budget.num_evidence_samples, **call
-        )
-        khat = pareto_khat(model, guide, *args, num_samples=budget.num_khat_samples, **call)
-    scores = {
-        "elbo": _summary(bound, budget.num_samples, "mean of log p(x, z) - log q(z)"),
-        "log_evidence": _summary(
-            evidence,
-            budget.num_evidence_samples,
-            f"log-mean-exp of {budget.num_evidence_samples} importance weights, {evidence_name}",
-        ),
-    }
-    for name, result in (("elbo", bound), ("log_evidence", evidence)):
+    scores: dict[str, Any] = {}
+    proposal = guide if evidence_guide is None else evidence_guide
+    if proposal is None:
+        raise ValueError("The evidence needs draws: pass guide= or evidence_guide=.")
+
+    def add(name: str, result: Any, num_samples: int, estimator: str) -> None:
+        scores[name] = _summary(result, num_samples, estimator)
         if not result.joint:
             rows[name] = rounded(_array(result.rows))
+
+    with torch.no_grad():
+        if guide is not None:
+            num = budget.num_samples
+            bound = elbo(model, guide, *args, num_samples=num, **call)
+            add("elbo", bound, num, "mean of log p(x, z) - log q(z)")
+        num = budget.num_evidence_samples
+        evidence = log_evidence(model, proposal, *args, num_samples=num, **call)
+        words = f"log-mean-exp of {num} importance weights, {evidence_name}"
+        add("log_evidence", evidence, num, words)
+        if guide is None:
+            return scores, rows
+        khat = pareto_khat(model, guide, *args, num_samples=budget.num_khat_samples, **call)
     khats = None if khat.joint else _array(khat.rows)
     values = np.atleast_1d(float(khat.total)) if khats is None else khats
     # Weights that do not vary have index -inf, which JSON lacks; below -1 nothing is told apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,9 +14,19 @@ from benchmarks.standings import Standings
 from benchmarks.svg import TIMES, compact
 from benchmarks.words import GLOSSARY, REGIMES, describe
 
-__all__ = ["failures", "finding", "glossary", "methods", "regime_heading", "task_facts"]
+__all__ = [
+    "failures",
+    "finding",
+    "glossary",
+    "methods",
+    "refusals",
+    "regime_heading",
+    "task_facts",
+]
 
 Record = Mapping[str, Any]
+
+_NUMBERS = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def methods(runs: Sequence[Record]) -> str:
@@ -61,9 +72,18 @@ def finding(table: Standings, name: str) -> str:
     if near:
         names = ", ".join(f"<code>{escape(item)}</code>" for item in near)
         text += f". Not told apart from it (within two standard errors): {names}"
+    if not best.converged:
+        text += ", but its learning curve was still rising: the order is that of this budget"
     failed = sum(len(place.failures) for place in table.places)
     if failed:
         text += f". <a href='#failures'>{failed} {'run' if failed == 1 else 'runs'} failed</a>"
+    wrong = [p.method for p in table.places if p.trouble == "wrong on minibatches"]
+    if wrong:
+        names = ", ".join(f"<code>{escape(item)}</code>" for item in wrong)
+        text += f". Not ranked, since <a href='#refusals'>wrong on minibatches</a>: {names}"
+    large = sum(p.trouble == "too many latents" for p in table.places)
+    if large:
+        text += f". <a href='#refusals'>{large} refused</a>: the target has too many latents"
     return f"<li>{text}.</li>"
 
 
@@ -129,8 +149,13 @@ def regime_heading(table: Standings) -> tuple[str, str]:
             f"({compact(shared['gradient_evaluations'])} gradient evaluations, "
             f"{duration(shared['seconds'])}), which no method is charged for."
         )
-    if table.regime == "frozen" and run is not None and run["model_digest"] == "no parameters":
-        heading = "One model without parameters, only the guide differs"
+    # A shared model that no guide trained has nothing to train.
+    untrained = run is not None and (
+        run["model_digest"] == "no parameters"
+        or (shared is not None and shared.get("guide") is None)
+    )
+    if table.regime == "frozen" and untrained:
+        heading = "One model with nothing to learn, only the guide differs"
         text = (
             "The model has nothing to learn, so every method approximates the same posterior. "
             "They are ordered by their ELBO."
@@ -139,27 +164,80 @@ def regime_heading(table: Standings) -> tuple[str, str]:
 
 
 def failures(runs: Sequence[Record]) -> str:
-    """Return every failed run with its message, equal ones together."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    """Return what failed and why; messages that differ in numbers alone are shown once."""
+    failed: dict[tuple[str, str, str], list[Record]] = {}
+    pointless: dict[tuple[str, str, str], list[Record]] = {}
     for run in runs:
         if run["status"] == "failed":
             error = run["error"]
-            key = (run["task"], run["regime"], run["method"], error["type"], error["message"])
+            key = (run["method"], error["type"], _NUMBERS.sub("#", error["message"]))
+            failed.setdefault(key, []).append(run)
+        elif "no_elbo" in run:
+            key = (run["method"], "no ELBO", _NUMBERS.sub("#", run["no_elbo"]))
+            pointless.setdefault(key, []).append(run)
+    parts = []
+    if failed:
+        parts.append(
+            "<p>A method that fails is a result. It keeps its row in the leaderboard, without a "
+            f"score.</p>{''.join(_failure(*key, members) for key, members in failed.items())}"
+        )
+    if pointless:
+        parts.append(
+            "<p>These runs trained a model, whose evidence is scored, but ended without a "
+            "posterior to score.</p>"
+            + "".join(_failure(*key, members) for key, members in pointless.items())
+        )
+    return "".join(parts) or '<p class="muted">None: every run finished.</p>'
+
+
+def refusals(runs: Sequence[Record]) -> str:
+    """Return what was refused and why; empty where nothing was."""
+    groups: dict[tuple[str, str, str, str], list[Record]] = {}
+    for run in runs:
+        if run["status"] == "refused":
+            refusal = run["refusal"]
+            text = _NUMBERS.sub("#", refusal["message"])
+            key = (run["task"], run["regime"], refusal["why"], text)
             groups.setdefault(key, []).append(run)
     if not groups:
-        return '<p class="muted">None: every run finished.</p>'
+        return ""
     items = []
-    for (task, regime, method, kind, message), members in groups.items():
-        seeds = ", ".join(str(run["seed"]) for run in members)
-        where = members[0]["error"].get("where", "")
+    for (task, regime, why, _), members in groups.items():
+        names = ", ".join(
+            f"<b>{escape(name)}</b>" for name in dict.fromkeys(run["method"] for run in members)
+        )
+        kind = {"minibatches": "wrong on minibatches", "latents": "too many latents"}
+        texts = {run["method"]: run["refusal"]["message"] for run in members}
+        if len(set(texts.values())) == 1:
+            lines = list(texts.values())[:1]
+        else:
+            lines = [f"{name}: {text}" for name, text in texts.items()]
+        shown = "".join(f"<pre>{escape(text)}</pre>" for text in lines)
         items.append(
-            f'<div class="fail"><b>{escape(method)}</b> on {escape(task)}, {escape(regime)}, '
-            f"seed{'s' if len(members) > 1 else ''} {seeds}"
-            f"<pre>{escape(kind)}: {escape(message)}</pre>"
-            + (f'<span class="note">{escape(where)}</span>' if where else "")
-            + "</div>"
+            f'<div class="refused">{names} on {escape(task)}, {escape(regime)}: '
+            f"{kind.get(why, 'declined')}{shown}</div>"
         )
     return (
-        "<p>A method that fails is a result. It keeps its row in the leaderboard, without a "
-        f"score.</p>{''.join(items)}"
+        '<h2 id="refusals">Not ranked</h2><p>These methods were not run, because their numbers '
+        "would mean nothing or they are not made for such a target. It was found by looking at "
+        f"each of them on this very task.</p>{''.join(items)}"
+    )
+
+
+def _failure(method: str, kind: str, _: str, members: Sequence[Record]) -> str:
+    places: dict[str, list[str]] = {}
+    for run in members:
+        places.setdefault(f"{run['task']}, {run['regime']}", []).append(str(run["seed"]))
+    where = "; ".join(
+        f"{place}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+        for place, seeds in places.items()
+    )
+    first = members[0]
+    error = first.get("error", {"message": first.get("no_elbo", ""), "where": ""})
+    line = error.get("where", "")
+    more = f" (the first of {len(members)} such messages)" if len(members) > 1 else ""
+    return (
+        f'<div class="fail"><b>{escape(method)}</b>: {escape(where)}'
+        f"<pre>{escape(kind)}: {escape(error['message'])}</pre>"
+        f'<span class="note">{escape(line)}{more}</span></div>'
     )

@@ -10,8 +10,9 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
+
+from guides.inference.checks import capture
 
 __all__ = ["fingerprint", "load_state", "read_state", "state_of", "write_state"]
 
@@ -22,11 +23,8 @@ def state_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     """Return the parameters of a program: a module's state, or its unconstrained store values."""
     if isinstance(model, nn.Module):
         return {name: value.detach().clone() for name, value in model.state_dict().items()}
-    store = pyro.get_param_store()
-    with poutine.block():
-        trace = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
-    names = [name for name, node in trace.nodes.items() if node["type"] == "param"]
-    return {name: store._params[name].detach().clone() for name in names}
+    used = capture(model, args, kwargs)
+    return {name: value.detach().clone() for name, value in used.items()}
 
 
 def load_state(
@@ -36,9 +34,8 @@ def load_state(
     if isinstance(model, nn.Module):
         model.load_state_dict(state)
         return
-    # One trace makes the parameters, with their constraints, in the store of this run.
-    with poutine.block():
-        poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
+    # One call makes the parameters, with their constraints, in the store of this run.
+    capture(model, args, kwargs)
     store = pyro.get_param_store()
     for name, value in state.items():
         store._params[name].data.copy_(value)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from benchmarks.convergence import Rise, rise_of
 from benchmarks.differences import Estimate, estimate, is_joint, paired
+from benchmarks.losses import Losses, losses_of
 
-__all__ = ["Check", "Losses", "Place", "Standings", "standings"]
+__all__ = ["Check", "Place", "Standings", "standings"]
 
 Record = dict[str, Any]
 SCORE = {"joint": "log_evidence", "frozen": "elbo"}
@@ -30,6 +32,7 @@ class Place:
         method: Its name.
         runs: Its finished runs.
         failures: Its failed runs.
+        refusals: Its refused runs: a target or minibatches that it is not made for.
         elbo: Mean ELBO.
         evidence: Mean importance-weighted evidence.
         difference: Paired difference to the baseline in the score of the regime.
@@ -38,11 +41,13 @@ class Place:
         khat_above: Share of rows, over seeds, where k-hat is above its threshold.
         gradient_evaluations: Mean over seeds, training and held-out rows together.
         seconds: Mean over seeds, training and held-out rows together.
+        rise: How far its learning curve rose at the end; None where it ends at a mode.
     """
 
     method: str
     runs: tuple[Record, ...]
     failures: tuple[Record, ...]
+    refusals: tuple[Record, ...]
     elbo: Estimate | None
     evidence: Estimate | None
     difference: Estimate | None
@@ -51,11 +56,29 @@ class Place:
     khat_above: float
     gradient_evaluations: float
     seconds: float
+    rise: Rise | None = None
 
     @property
     def example(self) -> Record:
         """Any of its runs, for what all of them share."""
-        return (self.runs or self.failures)[0]
+        return (self.runs or self.failures or self.refusals)[0]
+
+    @property
+    def converged(self) -> bool:
+        """Whether its learning curve had flattened when its updates ended."""
+        return self.rise is None or not self.rise.going_on
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing of it can be ranked, in two words; empty if something can."""
+        if self.runs:
+            return ""
+        if self.failures:
+            return "failed"
+        why = self.refusals[0]["refusal"]["why"]
+        return {"minibatches": "wrong on minibatches", "latents": "too many latents"}.get(
+            why, "refused"
+        )
 
     def score(self, name: str) -> Estimate | None:
         """The estimate that a regime orders by."""
@@ -77,21 +100,6 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Where a family of guides loses nats on a shared model.
-
-    Args:
-        family: The family.
-        approximation: Evidence minus ELBO of the Local guide: what the best of the family misses.
-        amortization: ELBO of the Local guide minus that of the encoder; None without an encoder.
-    """
-
-    family: str
-    approximation: Estimate
-    amortization: Estimate | None
-
-
-@dataclass(frozen=True)
 class Standings:
     """All methods of a task in a regime, best first.
 
@@ -105,6 +113,8 @@ class Standings:
         joint_score: Whether scores are totals of the whole data set rather than means over rows,
             which is so as soon as one method has only totals.
         losses: What families lose by their shape and by their encoder, on a frozen model.
+        truth: What stands for log p(x) there, in words.
+        left_out: Cells of the default grid that do not apply to the task, and why.
     """
 
     task: str
@@ -115,6 +125,8 @@ class Standings:
     checks: tuple[Check, ...]
     joint_score: bool = False
     losses: tuple[Losses, ...] = ()
+    truth: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
@@ -134,21 +146,26 @@ def _place(
     khats = [
         value
         for run in done
+        if "khat" in run["scores"]
         for value in run["rows"].get("khat", [run["scores"]["khat"]["median"]])
     ]
     known = [value for value in khats if value is not None]
     return Place(
         method=method,
         runs=tuple(done),
-        failures=tuple(run for run in runs if run["status"] != "ok"),
+        failures=tuple(run for run in runs if run["status"] == "failed"),
+        refusals=tuple(run for run in runs if run["status"] == "refused"),
         elbo=estimate(done, "elbo", joint=joint),
         evidence=estimate(done, "log_evidence", joint=joint),
         difference=paired(done, base, score, joint=joint) if done and base else None,
         gap=paired(done, done, "log_evidence", "elbo", joint=joint),
         khat=float(np.median(known)) if known else math.nan,
-        khat_above=_mean([run["scores"]["khat"]["above"] for run in done]),
+        khat_above=_mean(
+            [run["scores"]["khat"]["above"] for run in done if "khat" in run["scores"]]
+        ),
         gradient_evaluations=_mean([sum(run["gradient_evaluations"].values()) for run in done]),
         seconds=_mean([sum(run["wall_seconds"].values()) for run in done]),
+        rise=rise_of(done, joint=joint),
     )
 
 
@@ -165,22 +182,6 @@ def _checks(order: Sequence[str], runs: Mapping[str, Sequence[Record]]) -> list[
         if difference is not None:
             num = done[last][0]["scores"]["log_evidence"]["num_samples"]
             found.append(Check(f"ELBO of {last}", f"evidence (K = {num})", difference))
-    return found
-
-
-def _losses(places: Sequence[Place], joint: bool) -> list[Losses]:
-    cells = {
-        (place.example["family"], place.example["scheme"]): place
-        for place in places
-        if place.runs and place.example["loop"] == "svi"
-    }
-    found = []
-    for (family, scheme), place in cells.items():
-        if scheme != "Local" or place.gap is None or family == "delta":
-            continue
-        encoder = cells.get((family, "Encoder"))
-        loss = None if encoder is None else paired(place.runs, encoder.runs, "elbo", joint=joint)
-        found.append(Losses(family, place.gap, loss))
     return found
 
 
@@ -212,10 +213,21 @@ def standings(runs: Sequence[Record], tasks: Mapping[str, Record]) -> list[Stand
             _place(name, items, done[baseline], score, joint) for name, items in methods.items()
         ]
         places.sort(key=lambda place: _rank(place, score))
-        losses = tuple(_losses(places, joint)) if regime == "frozen" else ()
+        losses, truth = losses_of(places, joint) if regime == "frozen" else ([], "")
         checks = _checks(about.get("expected_order", ()), methods) if regime == "frozen" else []
         tables.append(
-            Standings(task, regime, score, baseline, tuple(places), tuple(checks), joint, losses)
+            Standings(
+                task=task,
+                regime=regime,
+                score=score,
+                baseline=baseline,
+                places=tuple(places),
+                checks=tuple(checks),
+                joint_score=joint,
+                losses=tuple(losses),
+                truth=truth,
+                left_out=dict(about.get("left_out", {})),
+            )
         )
     return tables
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.budget import Budget
-from benchmarks.suites import SUITES
 
-__all__ = ["Task", "load_module", "load_tasks", "modules_of", "task_names"]
+__all__ = ["GRID", "Task", "listed"]
 
 REGIMES = ("joint", "frozen")
 GRID = tuple(
@@ -25,6 +21,38 @@ GRID = tuple(
     for scheme in ("", "amortized_")
     for family in ("delta", "normal", "multivariate_normal", "spline_coupling")
 )
+
+
+def listed(value: Any) -> tuple[Any, ...]:
+    """Return one entry or several of them as a tuple: a name, a class or a guide stands alone."""
+    if isinstance(value, str) or not isinstance(value, Iterable) or callable(value):
+        return (value,)
+    return tuple(value)
+
+
+def _positional(value: Any, name: str) -> tuple[Any, ...]:
+    """Return positional arguments as a tuple; a tensor or an array stands for itself."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        value = (value,)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"{name} must be a tuple of positional arguments of the model, such as (x,) or (x, y);"
+            f" got a {type(value).__name__}. Keyword arguments belong into kwargs."
+        )
+    return tuple(_tensor(item, f"{name}[{i}]") for i, item in enumerate(value))
+
+
+def _tensor(value: Any, name: str) -> Any:
+    """Return an array as a tensor, of the default dtype where it is floating; others as is."""
+    if not isinstance(value, np.ndarray | np.generic):
+        return value
+    if value.dtype.kind not in "fiub":
+        raise TypeError(
+            f"{name} is a NumPy array of dtype {value.dtype}, which no tensor holds. Turn it into "
+            "numbers first."
+        )
+    tensor = torch.as_tensor(value)
+    return tensor.to(torch.get_default_dtype()) if value.dtype.kind == "f" else tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +73,14 @@ class Task:
             weights with every seed.
         make_model: Builds the program afresh for each run, after the seed is set.
         args: Positional arguments of the program in training; one tensor stands for `(tensor,)`.
+            NumPy arrays become tensors, floating ones of torch's default dtype; so do those in
+            the other arguments.
         kwargs: Keyword arguments of the program in training.
         held_out: Positional arguments on which it is scored; None scores the training data.
         held_out_kwargs: Keyword arguments with `held_out`.
         guides: What is compared: names of `guides.GUIDES`, Pyro guide classes, functions of one
-            argument `model` that build a guide, guides, or `benchmarks.Method`.
+            argument `model` that build a guide, guides, or `benchmarks.Method`. By default `GRID`,
+            of which cells that do not apply to the program are left out, with the reason.
         loops: `"svi"`, `"predictive_coding"`, or functions `(model, guide, optim)` that build a
             loop; every loop but predictive coding is crossed with every guide.
         regimes: `"joint"` trains model and guide together; `"frozen"` trains the model first,
@@ -62,6 +93,8 @@ class Task:
         data_plate: Name of the plate whose rows are data; see `guides.layout`.
         data_args: Arguments that hold rows, and their row axis; see `guides.rows`.
         guide_options: Options of grid guides by name.
+        autoguide_limit: The most latents, over all rows, that Pyro's autoguides are run on; None
+            for no limit.
         budget: Numbers of updates and draws.
         model_name: What the model is called in records.
         description: The comparison in plain words.
@@ -88,6 +121,7 @@ class Task:
     data_plate: str | None = "auto"
     data_args: Mapping[str, int] | None = None
     guide_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    autoguide_limit: int | None = 200
     budget: Budget = field(default_factory=Budget)
     model_name: str = ""
     description: str = ""
@@ -103,14 +137,34 @@ class Task:
                 f"Task {self.name!r} needs either model= (a Pyro program) or make_model= (a "
                 "function that builds one), got both or neither."
             )
-        for name in ("args", "held_out"):
-            if isinstance(getattr(self, name), torch.Tensor):
-                object.__setattr__(self, name, (getattr(self, name),))
-        for name in ("guides", "loops", "regimes", "args", "expected_order"):
+        for name in ("model", "make_model"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if self.held_out is not None:
-            object.__setattr__(self, "held_out", tuple(self.held_out))
+            if value is not None and not callable(value):
+                raise TypeError(
+                    f"{name} must be a Pyro program, something to call; got a "
+                    f"{type(value).__name__}."
+                )
+        if not isinstance(self.budget, Budget):
+            raise TypeError(
+                f"budget must be a benchmarks.Budget, got {self.budget!r}. For as many updates: "
+                "Budget(num_steps=1000); for less of everything: Budget().scaled('demo')."
+            )
+        for name in ("args", "held_out"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _positional(value, name))
+        for name in ("kwargs", "held_out_kwargs"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise TypeError(
+                    f"{name} must be a dictionary of keyword arguments, got a "
+                    f"{type(value).__name__}."
+                )
+            object.__setattr__(
+                self, name, {key: _tensor(item, f"{name}[{key!r}]") for key, item in value.items()}
+            )
+        for name in ("guides", "loops", "regimes", "expected_order"):
+            object.__setattr__(self, name, listed(getattr(self, name)))
         wrong = [regime for regime in self.regimes if regime not in REGIMES]
         if wrong:
             raise ValueError(f"A regime is one of {', '.join(REGIMES)}; got {wrong[0]!r}.")
@@ -120,6 +174,30 @@ class Task:
         if self.make_model is not None:
             return self.make_model()
         return copy.deepcopy(self.model)  # type: ignore[return-value]
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the arguments, those in training and those of the scores."""
+        total = hashlib.sha256()
+        calls = (self.args, self.kwargs, self.held_out or (), self.held_out_kwargs)
+        for call in calls:
+            items = call.items() if isinstance(call, Mapping) else enumerate(call)
+            for name, value in items:
+                total.update(f"{name}:".encode())
+                if isinstance(value, torch.Tensor):
+                    plain = value.detach().cpu().contiguous()
+                    total.update(f"{tuple(plain.shape)}:{plain.dtype};".encode())
+                    # As bytes: NumPy lacks some of torch's dtypes.
+                    total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+                else:
+                    total.update(repr(value).encode())
+            total.update(b"|")
+        return total.hexdigest()[:16]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it compares the default grid, of which it takes the cells that apply."""
+        return self.guides == GRID
 
     @property
     def scored_args(self) -> tuple[Any, ...]:
@@ -135,90 +213,3 @@ class Task:
     def scored_rows(self) -> str:
         """Which rows the scores are of, in words."""
         return "training rows" if self.held_out is None else "held-out rows"
-
-
-def load_module(source: str) -> ModuleType:
-    """Import a suite by name or a task file by path.
-
-    Raises:
-        FileNotFoundError: If it is neither.
-    """
-    if source in SUITES:
-        return import_module(SUITES[source])
-    path = Path(source)
-    if path.suffix != ".py" or not path.is_file():
-        raise FileNotFoundError(
-            f"'{source}' is neither a suite ({', '.join(SUITES)}) nor a Python file. "
-            "A task file defines TASK, TASKS, or variables such as model, args and guides."
-        )
-    name = f"pyro_zoo_task_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"'{source}' cannot be imported as Python code.")
-    module = importlib.util.module_from_spec(spec)
-    # Classes of the file pickle and deepcopy only if their module can be looked up.
-    sys.modules[name] = module
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _entries(module: ModuleType, source: str) -> dict[str, Any]:
-    stem = Path(source).stem
-    if hasattr(module, "TASK"):
-        return {module.TASK.name: module.TASK}
-    if hasattr(module, "TASKS"):
-        tasks = module.TASKS
-        return dict(tasks) if isinstance(tasks, Mapping) else {task.name: task for task in tasks}
-    # A file may well import a package called `guides`.
-    named = {
-        item.name
-        for item in fields(Task)
-        if not isinstance(getattr(module, item.name, module), ModuleType)
-    }
-    if not named & {"model", "make_model"}:
-        raise ValueError(
-            f"Task file '{source}' must define TASK, TASKS, or at least `model` (a Pyro program) "
-            f"and `args` (its data); it defines {', '.join(sorted(named)) or 'none of them'}."
-        )
-    values = {item: getattr(module, item) for item in named}
-    values.setdefault("name", stem)
-    values.setdefault("description", (module.__doc__ or "").strip().split("\n\n")[0])
-    return {values["name"]: Task(**values)}
-
-
-def task_names(source: str) -> dict[str, str]:
-    """Return the names of a suite's or file's tasks, each with one line about it."""
-    lines = {}
-    for name, entry in _entries(load_module(source), source).items():
-        text = entry.description if isinstance(entry, Task) else (entry.__doc__ or "")
-        lines[name] = text.strip().split("\n")[0]
-    return lines
-
-
-def load_tasks(source: str, names: Iterable[str] | None = None) -> list[Task]:
-    """Return the tasks of a suite or of a file.
-
-    Args:
-        source: A name of `benchmarks.suites.SUITES`, or the path of a Python file.
-        names: Which of them; all by default.
-
-    Raises:
-        ValueError: For a name that is not among them.
-    """
-    entries = _entries(load_module(source), source)
-    wanted = list(entries) if names is None else list(names)
-    for name in wanted:
-        if name not in entries:
-            raise ValueError(
-                f"'{source}' has no task '{name}'. It has: {', '.join(entries) or 'none'}."
-            )
-    chosen = [entries[name] for name in wanted]
-    return [entry if isinstance(entry, Task) else entry() for entry in chosen]
-
-
-def modules_of(source: str) -> list[str]:
-    """Return the project modules that stand for a source in a digest: none for a file."""
-    return [SUITES[source]] if source in SUITES else []

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-__all__ = ["FAMILIES", "FLOWS", "GLOSSARY", "REGIMES", "SCHEMES", "describe", "look", "title"]
+__all__ = [
+    "FAMILIES",
+    "FLOWS",
+    "GLOSSARY",
+    "REGIMES",
+    "SCHEMES",
+    "describe",
+    "first_sentence",
+    "look",
+    "title",
+]
 
 FAMILIES = {
     "delta": "a single point, the most probable one; scored as a Gaussian around it (Laplace)",
     "normal": "a Gaussian with independent coordinates (mean field)",
     "multivariate_normal": "a Gaussian with a full covariance",
-    "low_rank_normal": "a Gaussian with a low-rank covariance",
+    "low_rank_normal": "a Gaussian with a covariance of low rank plus a diagonal",
+    "student_t": "independent Student-t coordinates, with heavier tails than a Gaussian's",
+    "mixture": "a mixture of Gaussians",
+    "auxiliary": "a Gaussian made richer by an auxiliary variable",
     "spline_coupling": "a normalizing flow (rational-quadratic spline couplings)",
+    "affine_coupling": "a normalizing flow (affine couplings)",
     "iaf": "a normalizing flow (inverse autoregressive)",
+    "planar": "a normalizing flow (planar)",
+    "radial": "a normalizing flow (radial)",
+    "householder": "a Gaussian turned by Householder reflections",
+    "sylvester": "a normalizing flow (Sylvester)",
+    "unconstrained_monotone": "a normalizing flow (unconstrained monotone networks)",
     "own": "a guide of the user's own",
 }
 
-FLOWS = ("spline_coupling", "iaf")
+FLOWS = ("spline_coupling", "affine_coupling", "iaf", "unconstrained_monotone")
 
 SCHEMES = {
     "Local": "free parameters for every row",
     "Encoder": "a network that reads the row",
     "Iterative": "a network that refines its first answer",
     "SemiAmortized": "a network, then gradient steps",
+    "LaplaceRefinement": "a network, then Newton steps to the mode and its curvature",
+    "BottomUp": "a network a level, from the data upwards",
+    "TopDown": "networks from the data up, merged with the model from the top down (ladder)",
+    "Autoregressive": "a network a latent site, which reads the sites before it",
     "own": "as written by its author",
 }
 
@@ -81,11 +107,47 @@ _COLORS = {
     "delta": "c1",
     "normal": "c2",
     "multivariate_normal": "c3",
-    "spline_coupling": "c4",
-    "iaf": "c4",
     "low_rank_normal": "c6",
+    "student_t": "c6",
+    "mixture": "c5",
+    "auxiliary": "c5",
+    # Pyro's autoguides have the colors of their nearest kin, and a shape of their own.
+    "Delta": "c1",
+    "LaplaceApproximation": "c1",
+    "Normal": "c2",
+    "DiagonalNormal": "c2",
+    "MultivariateNormal": "c3",
+    "Gaussian": "c3",
+    "Structured": "c3",
+    "LowRankMultivariateNormal": "c6",
+    "IAFNormal": "c4",
 }
-_SHAPES = {"Local": "circle", "Encoder": "diamond"}
+_SHAPES = {"Local": "circle", "Encoder": "diamond", "Iterative": "triangle"}
+
+
+def _sentence(path: str) -> str:
+    """The first sentence of a docstring, to stand within another."""
+    module, _, attribute = path.partition(":")
+    text = inspect.getdoc(getattr(import_module(module), attribute)) or attribute
+    sentence = first_sentence(text.split("\n\n")[0]).rstrip(".").replace("``", "")
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _family(name: str) -> str | None:
+    """A family of the grid in words: those above, or the first sentence of its docstring."""
+    from guides.families import FAMILIES as paths
+
+    if name in FAMILIES:
+        return FAMILIES[name]
+    return _sentence(paths[name]) if name in paths else None
+
+
+def _scheme(name: str) -> str:
+    """A scheme in words: those above, or the first sentence of its docstring."""
+    from guides.schemes import SCHEMES as paths
+
+    path = next((path for path in paths.values() if path.endswith(f":{name}")), None)
+    return SCHEMES.get(name) or (name if path is None else _sentence(path))
 
 
 def describe(run: Mapping[str, Any]) -> str:
@@ -101,17 +163,33 @@ def describe(run: Mapping[str, Any]) -> str:
             "predictive coding: latents relaxed by prediction errors to the most probable point; "
             "scored as a Gaussian around it (Laplace)"
         )
-    family = FAMILIES.get(run["family"], f"Pyro's {run['method']}")
+    family = _family(run["family"]) or f"Pyro's {run['method']}"
     if run["family"] == run["scheme"] == "own":
         return family
-    return f"{family}; {SCHEMES.get(run['scheme'], run['scheme'])}"
+    return f"{family}; {_scheme(run['scheme'])}"
+
+
+def first_sentence(text: str) -> str:
+    r"""Return the first sentence of a message, whole.
+
+    Example:
+        >>> from benchmarks.words import first_sentence
+        >>> first_sentence("Axis 0 has 3 rows, not 3.5 of them. Pass others.\nMore.")
+        'Axis 0 has 3 rows, not 3.5 of them.'
+    """
+    joined = " ".join(text.split())
+    found = re.search(r"(?<![A-Z]\.)(?<=[.!?])\s+(?=[A-Z(])", joined)
+    return joined if found is None else joined[: found.start()]
 
 
 def look(run: Mapping[str, Any]) -> tuple[str, str]:
     """Return the color class and the shape that stand for a method: family and scheme."""
     if run["loop"] == "predictive_coding":
         return "c5", "triangle"
-    return _COLORS.get(run["family"], "c7"), _SHAPES.get(run["scheme"], "square")
+    family = run["family"]
+    flow = family not in _COLORS and _family(family) is not None and family != "own"
+    shape = "square" if family[:1].isupper() else _SHAPES.get(run["scheme"], "square")
+    return _COLORS.get(family, "c4" if flow else "c7"), shape
 
 
 def title(name: str) -> str:
@@ -123,6 +201,6 @@ def title(name: str) -> str:
         'Hierarchical VAE'
     """
     words = name.replace("_", " ").split()
-    known = {"vae": "VAE", "ppca": "pPCA", "mnist": "MNIST"}
+    known = {"vae": "VAE", "ppca": "pPCA", "mnist": "MNIST", "gaussian": "Gaussian"}
     text = " ".join(known.get(word.lower(), word) for word in words)
     return text[:1].upper() + text[1:]

@@ -8,13 +8,24 @@ from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation, AutoNormalizingFlow
 
-from benchmarks.fit import Meter, batches, fit, frozen, make_optim, parameters_of, row_count
+from benchmarks.autoguides import admit, follow_rows, is_autoguide, minibatch_fault, two_batches
+from benchmarks.fit import (
+    Meter,
+    batches,
+    fit,
+    frozen,
+    make_optim,
+    parameters_of,
+    refinements,
+    row_count,
+)
 from benchmarks.methods import Method
 from benchmarks.scores import elbo_estimate
 from benchmarks.task import Task
 from guides.inference import SVI, IndefiniteHessianError, PredictiveCoding, laplace
+from guides.objectives.refinement import RefinementELBO
 
 __all__ = ["Call", "Tick", "Workbench", "silent"]
 
@@ -44,9 +55,33 @@ class Workbench:
         self.scored: Call = (task.scored_args, task.scored_kwargs)
 
     def guide(self, method: Method, program: Program, call: Call) -> Program:
-        """Build a method's guide for a program and its data."""
+        """Build a method's guide for a program and its data.
+
+        Raises:
+            RefusedError: For an autoguide of Pyro on a target that is too large for it, or on
+                minibatches that it would silently get wrong.
+        """
         args, kwargs = call
-        return method.make_guide(program, args, kwargs, data_plate=self.task.data_plate)
+        plate, data_args = self.task.data_plate, self.task.data_args
+        guide = method.make_guide(program, args, kwargs, data_plate=plate)
+        if not is_autoguide(guide):
+            return guide
+        admit(program, call, self.task.autoguide_limit, plate)
+        if call is self.train and self.budget.batch_size is not None:
+            size = self.budget.batch_size
+            pair = two_batches(program, call, size, plate, data_args)
+            if pair is not None:
+                fault = minibatch_fault(
+                    lambda: method.make_guide(program, args, kwargs, data_plate=plate),
+                    program,
+                    pair,
+                    call,
+                    plate,
+                )
+                if fault is not None:
+                    raise fault
+            follow_rows(guide, program, plate)
+        return guide
 
     def loop(
         self,
@@ -58,20 +93,22 @@ class Workbench:
     ) -> Any:
         """Build a method's loop, with the larger step size for free parameters."""
         networks = parameters_of(self.model, call)
-        grid = method.grid is not None
+        # Free parameters take larger steps than the weights of networks do.
+        weights = method.grid is not None or isinstance(guide, AutoNormalizingFlow)
         optim = make_optim(
             self.budget,
             num_steps,
             model=networks.__contains__,
-            local=lambda name: name not in networks and (not grid or name.endswith("table")),
+            local=lambda name: name not in networks and (not weights or name.endswith("table")),
         )
         if method.relaxes:
             steps = self.budget.relaxation_steps
             plate = self.task.data_plate
             return PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
         if method.loop == "svi":
-            loss = Trace_ELBO(num_particles=self.budget.num_particles)
-            return SVI(program, guide, optim, loss)
+            # A refined guide learns from all iterations; for others this is Trace_ELBO itself.
+            loss = RefinementELBO(Trace_ELBO(num_particles=self.budget.num_particles))
+            return SVI(program, guide, optim, loss if refinements(guide) else loss.objective)
         return method.loop(program, guide, optim)
 
     def run_fit(
@@ -103,13 +140,15 @@ class Workbench:
         loop = self.loop(method, program, guide, call, num_steps)
         meter = Meter()
         # Minibatches are for training, and for guides that can be told their rows.
-        minibatched = call is self.train and (method.grid is not None or method.relaxes)
+        told = method.grid is not None or method.relaxes or is_autoguide(guide)
+        minibatched = call is self.train and told
         size = self.budget.batch_size if minibatched else None
         plate, data_args = self.task.data_plate, self.task.data_args
         calls = batches(program, call, batch_size=size, data_plate=plate, data_args=data_args)
         num_rows = row_count(program, *call, plate)
+        gradients = 1 + sum(refinements(guide))
 
-        def monitor() -> float | None:
+        def monitor() -> tuple[float, float, int | None] | None:
             try:
                 posterior = self.posterior(method, program, guide, loop, watch or call)
                 samples = self.budget.num_curve_samples
@@ -123,7 +162,9 @@ class Workbench:
             calls,
             num_steps,
             meter=meter,
-            rows=lambda now: num_rows if size is None else row_count(program, *now, plate),
+            rows=lambda now: (
+                gradients * (num_rows if size is None else row_count(program, *now, plate))
+            ),
             num_particles=self.budget.num_particles,
             checkpoints=self.checkpoints(num_steps) if watch is not None else set(),
             monitor=monitor,
@@ -203,19 +244,12 @@ class Workbench:
             meter.gradient_evaluations += cost
         samples, plate = self.budget.num_curve_samples, self.task.data_plate
         value = elbo_estimate(program, posterior, *call, samples, plate)
-        meter.curve.append(
-            {
-                "step": steps if guide is None else self.budget.num_steps + 1,
-                "gradient_evaluations": meter.gradient_evaluations,
-                "seconds": round(meter.seconds, 3),
-                "elbo": round(value, 4),
-            }
-        )
+        meter.look(steps if guide is None else self.budget.num_steps + 1, *value)
         return posterior
 
     def checkpoints(self, num_steps: int) -> set[int]:
         """Steps at which to look, evenly spaced on a logarithmic axis, the last one included."""
-        start = min(10, num_steps)
+        start = max(1, min(10, num_steps // 5))
         last = max(1, self.budget.num_curve_points - 1)
         return {round(start * (num_steps / start) ** (i / last)) for i in range(last)} | {
             num_steps

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.autoguides import RefusedError
 from benchmarks.execute import execute, train_shared_model
 from benchmarks.methods import Method, as_methods
 from benchmarks.shared_model import read_state, write_state
-from benchmarks.task import Task, load_tasks
+from benchmarks.task import Task
+from benchmarks.task_file import load_tasks
 
 __all__ = ["attempt", "failure", "undisturbed", "work"]
 
@@ -39,7 +41,7 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do something; return what it returns with status `ok`, or how it failed.
+    """Do something; return what it returns with status `ok`, how it failed, or why it was refused.
 
     Warnings are kept with the result rather than printed across a progress bar.
     """
@@ -47,6 +49,8 @@ def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         warnings.simplefilter("default")
         try:
             result = {"status": "ok", **action()}
+        except RefusedError as error:
+            result = {"status": "refused", "refusal": {"why": error.why, "message": str(error)}}
         except Exception as error:  # any failure of a method is a result
             result = {"status": "failed", "error": failure(error)}
     texts = dict.fromkeys(f"{item.category.__name__}: {item.message}" for item in caught)
@@ -68,8 +72,14 @@ def undisturbed() -> Iterator[None]:
 
 
 @cache
-def _task(source: str, name: str, budget: Any) -> tuple[Task, dict[str, Method]]:
+def _task(source: str, name: str, budget: Any, data: str) -> tuple[Task, dict[str, Method]]:
     (task,) = load_tasks(source, [name])
+    if task.data_digest != data:
+        raise ValueError(
+            f"Task '{name}' must have the same data whenever it is loaded, but they differ from "
+            "process to process, so no two runs could be compared. Seed what draws them: "
+            "torch.manual_seed(0), or a generator of their own."
+        )
     task = replace(task, budget=budget)
     methods = as_methods(task.guides, task.loops, model=task.model, options=task.guide_options)
     return task, {method.name: method for method in methods}
@@ -85,13 +95,13 @@ def work(payload: dict[str, Any], tick: Callable[[str, float], None]) -> dict[st
     """
 
     def shared() -> dict[str, Any]:
-        task, _ = _task(payload["source"], payload["task"], payload["budget"])
+        task, _ = _task(*(payload[name] for name in ("source", "task", "budget", "data")))
         state, about = train_shared_model(task, payload["seed"], tick)
         write_state(Path(payload["state"]), state, about)
         return {"shared_model": about}
 
     def run() -> dict[str, Any]:
-        task, methods = _task(payload["source"], payload["task"], payload["budget"])
+        task, methods = _task(*(payload[name] for name in ("source", "task", "budget", "data")))
         state, about = read_state(Path(payload["state"])) if payload["state"] else (None, None)
         outcome = execute(
             task,

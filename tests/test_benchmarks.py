@@ -1,5 +1,6 @@
 """Benchmarks: any program, any guide, one record a run; nothing lost, nothing run twice."""
 
+import importlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import autoguide
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch import nn
 
@@ -24,6 +26,7 @@ import guides
 import zoo
 from benchmarks import Budget, Method, Task, compare, load_tasks, read_records
 from benchmarks.__main__ import main
+from benchmarks.autoguides import num_latents
 from benchmarks.budget import Budget as BudgetClass
 from benchmarks.differences import estimate, paired
 from benchmarks.digest import closure, code_digest, source_digest, stripped
@@ -32,7 +35,14 @@ from benchmarks.methods import as_method, as_methods
 from benchmarks.plan import digest_of, plan
 from benchmarks.progress import Progress
 from benchmarks.records import Records, append, rounded
+from benchmarks.report import render
+from benchmarks.runner import run_line
 from benchmarks.shared_model import fingerprint
+from benchmarks.study import StudyLog
+from benchmarks.suites.autoguides import AUTOGUIDES
+from benchmarks.task import GRID
+from guides.families import FAMILIES
+from guides.layout import layout
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = Budget(num_steps=10).scaled("smoke")
@@ -196,6 +206,26 @@ def test_local_guides_are_refitted_to_held_out_rows_and_encoders_are_not(compari
     assert by_name["amortized_normal"]["gradient_evaluations"] == {"training": 200, "held_out": 0}
 
 
+def test_refined_guides_learn_and_pay_for_their_refinement():
+    """Mean field is exact here, and an iteration costs as much as the update after it."""
+    x = torch.linspace(-2.0, 2.0, 16)
+    names = ("iterative_normal", "semi_amortized_normal", "laplace_normal")
+    budget = Budget(num_steps=300, num_samples=200, num_evidence_samples=200)
+    options = {name: {"num_iterations": 2, "hidden": (16,)} for name in names[1:]}
+    options[names[0]] = {"num_iterations": 2, "network": (16,)}
+    fields = {"budget": budget, "guide_options": options, "progress": False}
+    runs = compare(normal_model, x, guides=names, held_out=x + 0.1, **fields).runs
+    evidence = float(dist.Normal(0.0, 2.0**0.5).log_prob(x + 0.1).mean())
+    # a Newton step of one latent takes its gradient and one row of curvature
+    each = {"iterative_normal": 1, "semi_amortized_normal": 1, "laplace_normal": 2}
+    for run in runs:
+        assert run["status"] == "ok", run
+        assert not run["refitted"]
+        total = 300 * 16 * (1 + 2 * each[run["method"]])
+        assert run["gradient_evaluations"] == {"training": total, "held_out": 0}
+        assert np.mean(run["rows"]["elbo"]) == pytest.approx(evidence, abs=0.1)
+
+
 def test_difference_of_a_comparison_is_paired(comparison):
     found = comparison.difference("exact", "normal")
     rows = {(run["method"], run["seed"]): np.array(run["rows"]["elbo"]) for run in comparison.runs}
@@ -292,6 +322,118 @@ def test_an_exact_evidence_is_used_where_a_model_knows_it():
     )
 
 
+def test_a_point_that_is_no_mode_leaves_its_model_scored():
+    """Jointly, the evidence guide scores the model; on a frozen model nothing is left to score."""
+
+    def two_modes(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z**2 * 4.0, 0.5), obs=x)
+
+    fields = {"guides": ["amortized_delta"], "budget": SMOKE, "progress": False}
+    joint = {"regimes": ["joint"], "evidence_guide": "normal"}
+    (run,) = compare(two_modes, torch.full((4,), 4.0), **fields, **joint).runs
+    assert run["status"] == "ok"
+    assert "not positive definite" in run["no_elbo"]
+    assert set(run["scores"]) == {"log_evidence"}
+    assert len(run["rows"]["log_evidence"]) == 4
+    (run,) = compare(two_modes, torch.full((4,), 4.0), **fields, regimes=["frozen"]).runs
+    assert run["status"] == "failed"
+    assert run["error"]["type"] == "IndefiniteHessianError"
+
+
+# ---------------------------------------------------------------------------- autoguides
+
+
+def rows_model(x, size=None, index=None):
+    """A latent shared by all rows and one for each, as `global_model` and `normal_model`."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", size or len(x), subsample=index):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+# What Pyro 1.9.2 does: of its nine, two keep parameters of rows apart over minibatches.
+SAFE = {autoguide.AutoNormal, autoguide.AutoDelta}
+
+
+@pytest.mark.parametrize("kind", AUTOGUIDES)
+def test_autoguides_that_are_wrong_on_minibatches_are_found_by_trying(kind):
+    """Wrong: a row's q changes with the rows that stand beside it, which is seen after a fit."""
+    x = torch.linspace(-3.0, 3.0, 12)
+    budget = replace(SMOKE, batch_size=4)
+    (run,) = compare(rows_model, x, guides=[kind], budget=budget, progress=False).runs
+    if kind in SAFE:
+        assert run["status"] == "ok"
+        return
+    assert run["status"] == "refused"
+    assert run["refusal"]["why"] == "minibatches"
+    assert "different rows get the same q of 'z'" in run["refusal"]["message"]
+    # an oracle of its own: built on 4 rows, it holds fewer parameters than built on 12
+    numbers = []
+    for rows in (4, 12):
+        with pyro.get_param_store().scope():
+            guide = kind(rows_model)
+            guide(x[:rows], size=12, index=torch.arange(rows))
+            numbers.append(sum(value.numel() for value in guide.parameters()))
+    small, large = numbers
+    assert small < large
+    assert f"it has {small:,} parameters, on all 12 rows {large:,}" in run["refusal"]["message"]
+    # on all rows at once there is nothing wrong with it
+    (run,) = compare(rows_model, x, guides=[kind], budget=SMOKE, progress=False).runs
+    assert run["status"] == "ok", run
+
+
+def test_a_safe_autoguide_follows_the_rows_that_a_minibatch_names():
+    """AutoNormal over minibatches finds the posterior of every row, not that of random ones."""
+    x = torch.linspace(-3.0, 3.0, 12)
+    budget = Budget(num_steps=600, batch_size=4, num_samples=400, num_evidence_samples=400)
+    (run,) = compare(normal_model, x, guides=[AutoNormal], budget=budget, progress=False).runs
+    evidence = dist.Normal(0.0, 2.0**0.5).log_prob(x)
+    # mean field is exact here: rows are independent
+    assert np.mean(run["rows"]["elbo"]) == pytest.approx(float(evidence.mean()), abs=0.05)
+    assert run["gradient_evaluations"]["training"] == 600 * 4
+
+
+def test_large_targets_are_refused_to_autoguides_and_to_them_only():
+    x = torch.zeros(250)
+    call = {"guides": ["normal", AutoNormal], "budget": SMOKE, "progress": False}
+    result = compare(normal_model, x, **call)
+    ours, theirs = result.runs
+    assert (ours["status"], theirs["status"]) == ("ok", "refused")
+    assert theirs["refusal"]["why"] == "latents"
+    assert "at most 200 latents; this one has 250" in theirs["refusal"]["message"]
+    assert "not ranked: too many latents" in str(result)
+    assert "refused" in run_line(theirs)
+    lifted = compare(normal_model, x, **{**call, "autoguide_limit": None})
+    assert [run["status"] for run in lifted.runs] == ["ok", "ok"]
+    # a refitted guide is one of the held-out rows, so these are what counts
+    held_out = compare(normal_model, x, held_out=x[:50], **call)
+    assert [run["status"] for run in held_out.runs] == ["ok", "ok"]
+
+
+def test_shared_latents_need_no_check_of_minibatches():
+    def model(x, size=None, index=None):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", size or len(x), subsample=index):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    budget = replace(SMOKE, batch_size=4)
+    guides_ = [autoguide.AutoMultivariateNormal]
+    (run,) = compare(model, torch.zeros(12), guides=guides_, budget=budget, progress=False).runs
+    assert run["status"] == "ok"
+
+
+def test_the_suite_of_autoguides_has_targets_of_every_kind():
+    tasks = {task.name: task for task in load_tasks("autoguides")}
+    for task in tasks.values():
+        assert all(kind in task.guides for kind in AUTOGUIDES)
+        found = layout(task.build_model(), task.args, task.kwargs)
+        assert (num_latents(found) > 200) == (task.name == "vae_300_rows")
+    schools = tasks["eight_schools_centered"]
+    assert num_latents(layout(schools.build_model(), schools.args)) == 10
+
+
 def test_frozen_runs_share_one_model_and_seeds_do_not():
     task = Task(
         name="tiny",
@@ -341,7 +483,109 @@ def test_a_function_with_parameters_can_be_frozen():
     assert found.num_rows == 10
 
 
+# ---------------------------------------------------------------------------- requests
+
+
+def test_one_guide_needs_no_list_and_arrays_are_tensors():
+    x = np.linspace(-1.0, 1.0, 6)
+    result = compare(normal_model, x, guides="normal", budget=SMOKE, progress=False)
+    (run,) = result.runs
+    assert (run["method"], run["status"], run["dtype"]) == ("normal", "ok", "float32")
+    result = compare(normal_model, (x,), guides=AutoNormal, budget=SMOKE, progress=False)
+    assert [run["method"] for run in result.runs] == ["AutoNormal"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"budget": 3}, TypeError, "must be a benchmarks.Budget, got 3"),
+        ({"args": "x"}, TypeError, "args must be a tuple"),
+        ({"args": (torch.zeros(3), 1, 2, 3)}, ValueError, "must run when it is called with args"),
+        ({"args": (None,)}, ValueError, r"called with args = \(None\), but raised TypeError"),
+        ({"args": (np.array(["a"]),)}, TypeError, "dtype <U1, which no tensor holds"),
+        ({"kwargs": torch.zeros(2)}, TypeError, "kwargs must be a dictionary"),
+        ({"seeds": 1.5}, ValueError, "seeds must be a number of seeds"),
+        ({"guides": "abnormal"}, ValueError, "'abnormal' is not a guide of the grid"),
+        ({"guides": []}, ValueError, "guides= is empty"),
+        ({"model": torch.zeros(3)}, TypeError, "model must be a Pyro program"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(fields, error, words):
+    call = {"model": normal_model, "args": (torch.zeros(3),), "guides": ["normal"], **fields}
+    with pytest.raises(error, match=words):
+        compare(**call, progress=False)
+
+
+def test_a_prior_that_cannot_be_drawn_from_is_no_mistake():
+    def model(x):
+        flat = dist.ImproperUniform(dist.constraints.real, (), ())
+        mean = pyro.sample("mean", flat)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    (run,) = compare(model, torch.zeros(4), guides="normal", budget=SMOKE, progress=False).runs
+    assert run["status"] == "ok", run
+
+
+def test_the_default_grid_leaves_out_what_does_not_apply():
+    """Without rows there is nothing for an encoder to read; with one latent nothing to couple."""
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mean, 1.0).expand([3]).to_event(1), obs=x)
+
+    task = {"guides": GRID, "budget": SMOKE, "progress": False}
+    result = compare(model, torch.zeros(3), **task)
+    names = {run["method"] for run in result.runs}
+    assert {"normal", "delta", "multivariate_normal"} <= names
+    assert not any(name.startswith("amortized") for name in names)
+    assert all(run["status"] == "ok" for run in result.runs)
+    out = result.records.tasks["model"]["left_out"]
+    assert names | set(out) == set(GRID)
+    assert "Left out, as it does not apply: amortized_normal" in str(result)
+    # what a task names itself is tried, and its failure is a result
+    result = compare(model, torch.zeros(3), **{**task, "guides": ["amortized_normal"]})
+    assert [run["status"] for run in result.runs] == ["failed"]
+
+
+def test_messages_are_whole_in_the_table():
+    class Wordy:
+        def __init__(self, model):
+            raise RuntimeError(f"This sentence has {'very ' * 30}many words. Another follows.")
+
+    shown = str(compare(normal_model, torch.zeros(3), guides=[Wordy], progress=False))
+    assert "many words." in " ".join(shown.split())
+    assert "Another" not in shown
+    assert max(len(line) for line in shown.splitlines()) < 110
+
+
+def test_a_run_that_was_stopped_on_its_way_up_says_so():
+    """From a start far away 15 updates are too few, and 400 are enough."""
+    x = torch.full((10,), 8.0)
+    call = {"guides": ["normal"], "progress": False}
+    scores = {"num_samples": 100, "num_evidence_samples": 100, "num_khat_samples": 100}
+    scores["num_curve_samples"] = 100
+    early = compare(normal_model, x, budget=Budget(num_steps=15, **scores), **call)
+    late = compare(normal_model, x, budget=Budget(num_steps=400, **scores), **call)
+    assert not early.standings[0].places[0].converged
+    assert "not converged" in str(early)
+    assert "Not converged." in render(early.records)
+    assert late.standings[0].places[0].converged
+    assert "onverged" not in str(late)
+
+
 # ---------------------------------------------------------------------------- methods
+
+
+def test_schemes_are_those_of_the_registry():
+    """Whether held-out rows need a fit of their own is what the scheme says of itself."""
+    for name, (scheme, family) in guides.GUIDES.items():
+        method = as_method(name)
+        module, _, attribute = scheme.partition(":")
+        assert method.refit is not getattr(importlib.import_module(module), attribute).amortized
+        assert method.scheme == attribute
+        assert FAMILIES[method.family] == family
+        assert method.point == (method.family == "delta")
 
 
 def test_methods_know_what_they_are():
@@ -583,10 +827,11 @@ def test_digest_misses_no_module_that_a_run_loads(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from benchmarks.worker import work
-from benchmarks.task import load_tasks
+from benchmarks.task_file import load_tasks
 (task,) = load_tasks({str(path)!r})
 payload = dict(kind="run", source={str(path)!r}, task=task.name, budget=task.budget, seed=0,
-               state=None, images=False, regime="joint", method="amortized_spline_coupling")
+               state=None, images=False, regime="joint", method="amortized_spline_coupling",
+               data=task.data_digest)
 assert work(payload, lambda phase, fraction: None)["status"] == "ok"
 print(*(n for n in sys.modules if n.split(".")[0] in ("zoo", "guides", "benchmarks")))
 """
@@ -622,6 +867,50 @@ def test_digest_changes_with_the_code(tmp_path):
     assert key() == first
     path.write_text(path.read_text().replace("dist.Normal(z, 1.0)", "dist.Normal(z, 2.0)"))
     assert key() != first
+
+
+def test_digest_and_key_cover_modules_beside_a_task_file_and_its_data(tmp_path):
+    path = write_file(tmp_path, "['normal']")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__init__.py").write_text("")
+    (tmp_path / "parts" / "scale.py").write_text("from zoo.networks import mlp\nSCALE = 1.0\n")
+    (tmp_path / "bystander.py").write_text("A = 1\n")
+    path.write_text("from parts import scale\n" + path.read_text())
+
+    def look():
+        source_digest.cache_clear()
+        sys.modules.pop("parts.scale", None)
+        (item,) = plan(str(path), seeds=1)
+        return item
+
+    first = look()
+    files = {name for name in first.modules if name.startswith("file:")}
+    assert files == {"file:my_task.py", "file:parts/__init__.py", "file:parts/scale.py"}
+    assert "zoo.networks" in first.modules
+    (tmp_path / "bystander.py").write_text("A = 2\n")
+    assert look().key == first.key
+    (tmp_path / "parts" / "scale.py").write_text("SCALE = 2.0\n")
+    second = look()
+    assert second.digest != first.digest
+    # the same code with other data: the digest of code stays, the key does not
+    (tmp_path / "end").write_text("2.0")
+    text = path.read_text().replace("linspace(-2.0, 2.0", "linspace(-2.0, END")
+    reading = "END = float(Path(__file__).with_name('end').read_text())"
+    path.write_text(f"from pathlib import Path\n{reading}\n{text}")
+    third = look()
+    (tmp_path / "end").write_text("3.0")
+    fourth = look()
+    assert third.digest == fourth.digest
+    assert third.data != fourth.data
+    assert third.key != fourth.key
+
+
+def test_data_that_change_from_process_to_process_are_refused(tmp_path):
+    path = write_file(tmp_path, "['normal']")
+    path.write_text(path.read_text().replace("torch.linspace(-2.0, 2.0, 12)", "torch.randn(12)"))
+    done = command("run", path.name, "--seeds", 1, "--jobs", 1, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "must have the same data whenever it is loaded" in " ".join(done.stdout.split())
 
 
 def test_a_missing_module_changes_a_digest():
@@ -746,6 +1035,81 @@ def test_where_every_run_fails_the_exit_code_says_so(tmp_path):
     assert done.returncode == 1
     assert "every run failed" in done.stderr
     assert (tmp_path / "out" / "report.html").is_file()
+    # so does the same command again, which finds them recorded
+    done = command("run", path.name, "--seeds", 1, "--jobs", 1, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "every run failed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("args = (1.5,)", "must run when it is called with args = (1.5)"),
+        ("args = (x, x, x, x)", "but raised TypeError"),
+        ("budget = 3", "budget must be a benchmarks.Budget, got 3"),
+        ("raise KeyError('gone')", "cannot be imported (line "),
+        ("def", "cannot be imported (line "),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line(line, words, tmp_path, capsys):
+    path = write_file(tmp_path, "['normal']")
+    path.write_text(f"{path.read_text()}{line}\n")
+    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("pyro-zoo: ")
+    assert words in shown
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------- studies
+
+
+def study(path, **fields):
+    about = {"title": "T", "question": "Q?", "protocol": "P", "command": "C", **fields}
+    return StudyLog(path, **about)
+
+
+def test_a_study_is_resumed_by_key(tmp_path):
+    path = tmp_path / "records" / "study.jsonl"
+    with study(path) as log:
+        assert not log.done({"seed": 0, "task": "a"})
+        log.add(key={"seed": 0, "task": "a"}, values={"nats": torch.tensor([1.0, math.inf])})
+        log.note("A remark.")
+    before = path.read_bytes()
+    with study(path) as log:
+        # the order of names does not matter, and a log that adds nothing writes nothing
+        assert log.done({"task": "a", "seed": 0})
+        assert not log.done({"task": "a", "seed": 1})
+        log.note("A remark.")
+    assert path.read_bytes() == before
+    (read,) = read_records(path.parent).studies.values()
+    (result,) = read.results.values()
+    assert result["values"] == {"nats": [1.0, None]}
+    assert read.notes == ["A remark."]
+    assert read.about["versions"]["torch"] == torch.__version__
+    # cut short by a lost machine: the result is made again, on a line of its own
+    path.write_bytes(before[: before.index(b'"note"')])
+    with study(path) as log:
+        log.add(key={"seed": 1, "task": "a"}, values={"nats": 2})
+    assert len(read_records(path).studies["study"].results) == 2
+
+
+def test_results_of_other_code_can_be_made_again(tmp_path):
+    path = tmp_path / "study.jsonl"
+    with study(path, modules=["benchmarks.records"]) as log:
+        log.add(key={"seed": 0}, values={"nats": 1.0})
+        assert log.digest == code_digest(closure(["benchmarks.records"]))
+    for fresh in (False, True):
+        with study(path, modules=["benchmarks.svg"], fresh=fresh) as log:
+            assert log.done({"seed": 0}) is not fresh
+
+
+def test_a_study_takes_plain_values_only(tmp_path):
+    with study(tmp_path / "study.jsonl") as log:
+        with pytest.raises(ValueError, match="'seed' is both"):
+            log.add(key={"seed": 0}, values={"seed": 1})
+        with pytest.raises(TypeError, match="'model' is a Linear"):
+            log.add(key={"seed": 0}, values={"model": nn.Linear(1, 1)})
 
 
 def test_an_interrupt_loses_no_finished_run(tmp_path):
@@ -813,10 +1177,12 @@ def test_a_terminal_sees_what_runs_and_the_time_left():
 # ---------------------------------------------------------------------------- the suite
 
 
-def test_quick_holds_every_cell_of_the_grid():
+def test_quick_holds_every_cell_of_the_default_grid():
+    assert set(GRID) <= set(guides.GUIDES)
+    assert len(GRID) == 8
     for task in load_tasks("quick"):
         methods = {m.name for m in as_methods(task.guides, task.loops)}
-        assert methods == {*guides.GUIDES, "predictive_coding"}
+        assert methods == {*GRID, "predictive_coding"}
         assert task.regimes == ("joint", "frozen")
         # every row is on one side of the split, and on one only
         assert len(task.args[0]) + len(task.held_out[0]) == 1797

@@ -2,4 +2,5 @@
 
 SUITES = {
     "quick": "benchmarks.suites.quick",
+    "autoguides": "benchmarks.suites.autoguides",
 }

@@ -1,4 +1,4 @@
-"""quick: every cell of the grid and predictive coding on handwritten digits, in half an hour.
+"""quick: eight cells of the grid and predictive coding on handwritten digits, in half an hour.
 
 Two models, a VAE and one with two levels of latents, each trained jointly with every method and
 each frozen first, so that guides are compared on the very same model.
