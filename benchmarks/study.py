@@ -172,6 +172,11 @@ class StudyLog:
         self._write([record])
         self.results[_text(record["key"])] = record
 
+    def values(self, **key: Any) -> dict[str, Any] | None:
+        """Return the latest values under a key, None where there are none yet."""
+        record = self.results.get(_text(key))
+        return None if record is None else record["values"]
+
     def note(self, text: str) -> None:
         """Add a sentence or two that the report prints below the table, each only once."""
         if text not in self._notes:

@@ -12,7 +12,9 @@ import argparse
 import difflib
 import importlib
 import inspect
+import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -192,7 +194,92 @@ def _caption(records: Any, boards: Sequence[Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"models": models, "guides": grid, "results": results}
+def studies() -> str:
+    """The committed studies: one table each, with its question and the command that made it."""
+    parts = []
+    for name, rows in (("mnist_gaps", _gaps), ("mnist_little_data", _little), ("sbibm", _sbibm)):
+        file = RECORDS.parent / name / "study.jsonl"
+        if not file.is_file():
+            continue
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        about = next(line for line in lines if line["kind"] == "study")
+        found = {
+            tuple(line["key"].values()): line["values"]
+            for line in lines
+            if line["kind"] == "result"
+        }
+        parts.append(f"**{about['title']}.** {about['question']}\n\n{rows(found)}")
+        parts.append(f"{about['protocol']} Made by `{about['command']}`.")
+    return "\n\n".join(parts)
+
+
+Found = dict[tuple[Any, ...], dict[str, Any]]
+
+
+def _gaps(found: Found) -> str:
+    names = {
+        ("encoder", ""): "encoder",
+        ("refined, 1x iterations", "encoder"): "refined, 5 iterations of 4 draws",
+        ("refined, 4x iterations", "encoder"): "refined, 20 iterations of 4 draws",
+        ("normal", "better of both"): "best diagonal Gaussian of the image",
+        ("sylvester", "better of both"): "best Sylvester flow of the image",
+        ("multivariate_normal", "better of both"): "best full covariance of the image",
+    }
+    encoder = found["encoder", ""]["elbo"]
+    rows = []
+    for key, name in names.items():
+        values = found[key]
+        mean = statistics.mean(values["elbo"])
+        gain = "" if name == "encoder" else _paired(values["elbo"], encoder)
+        rows.append([name, f"{mean:.2f}", gain, str(values["draw_gradients"])])
+    evidence = found["log_evidence", "multivariate_normal"]["log_evidence"]
+    rows.append(["evidence, 5000 importance samples", f"{statistics.mean(evidence):.2f}"])
+    rows[-1] += [_paired(evidence, encoder), ""]
+    header = ["q", "ELBO, nats an image", "To the encoder", "Draw-gradients an image"]
+    return table(header, rows, "lrrr")
+
+
+def _little(found: Found) -> str:
+    rows = []
+    seeds = sorted({seed for _, seed in found})
+    for method in dict.fromkeys(method for method, _ in found):
+        scores = [found[method, seed]["log_evidence"] for seed in seeds]
+        cells = [
+            "" if method == "direct" else _paired(score, found["direct", seed]["log_evidence"])
+            for score, seed in zip(scores, seeds, strict=True)
+        ]
+        mean = statistics.mean(statistics.mean(score) for score in scores)
+        rows.append([method.replace("_", "-"), f"{mean:.2f}", *cells])
+    header = ["Guide in training", "Evidence, nats an image"]
+    header += [f"To direct, seed {seed}" for seed in seeds]
+    return table(header, rows, "lr" + "r" * len(seeds))
+
+
+def _sbibm(found: Found) -> str:
+    rows = []
+    for task in ("two_moons", "slcp", "gaussian_mixture"):
+        cells = [f"`{task}`"]
+        for objective in ("forward", "reverse"):
+            values = found[task, objective, 0]
+            mean = statistics.mean(values["c2st"])
+            cells.append(f"{mean:.3f} ({values['simulations'] / 1e6:.2f} M)")
+        rows.append([*cells, f"{found[task, 'forward', 0]['npe']:.3f} (0.10 M)"])
+    header = ["Task", "C2ST, forward KL (simulations)", "Reverse KL", "NPE, published"]
+    return table(header, rows, "lrrr")
+
+
+def _paired(high: Sequence[float], low: Sequence[float]) -> str:
+    differences = [a - b for a, b in zip(high, low, strict=True)]
+    error = 2 * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{statistics.mean(differences):+.2f} ± {error:.2f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "models": models,
+    "guides": grid,
+    "results": results,
+    "studies": studies,
+}
 
 
 def rewritten(text: str) -> str:

@@ -40,6 +40,10 @@ TRAPS = "tests/test_traps.py"
 ROWS = "tests/test_rows_and_layout.py"
 FAMILIES = "tests/test_families.py"
 FLOWS = "tests/test_flows.py"
+REFINEMENT = "tests/test_refinement.py"
+LEVELS = "tests/test_levels.py"
+COMPOSITE = "tests/test_composite.py"
+OBJECTIVES = "tests/test_objectives.py tests/test_objective_gradients.py"
 
 FAULTS = [
     Fault(
@@ -294,6 +298,111 @@ FAULTS = [
         "return self.base.log_prob(base, e) - log_det",
         "return StandardNormal(self.size).log_prob(base, e) - log_det",
         FLOWS,
+    ),
+    Fault(
+        "inner gradients are those of the mean over rows",
+        "guides/schemes/bound.py",
+        "return rows.sum(), rows",
+        "return rows.mean(), rows",
+        REFINEMENT,
+    ),
+    Fault(
+        "the path gradient keeps the score of q",
+        "guides/schemes/bound.py",
+        "(self.family.log_prob(lam, u) if path else log_q)",
+        "log_q",
+        REFINEMENT,
+    ),
+    Fault(
+        "rows of a batch see each other's noise position",
+        "guides/schemes/bound.py",
+        "rows = 1 if self.shared_noise else like.shape[0]",
+        "rows = like.shape[0]",
+        REFINEMENT,
+    ),
+    Fault(
+        "iterations are not detached",
+        "guides/schemes/iterative.py",
+        "fixed = lam.detach()",
+        "fixed = lam",
+        REFINEMENT,
+    ),
+    Fault(
+        "the guide learns from the sum over iterations",
+        "guides/schemes/iterative.py",
+        "fraction = 1.0 / (len(iterates) + 1)",
+        "fraction = 1.0",
+        REFINEMENT,
+    ),
+    Fault(
+        "the highway gate is turned around",
+        "guides/schemes/iterative.py",
+        "return gate * lam + (1 - gate) * (self.init + move)",
+        "return (1 - gate) * lam + gate * (self.init + move)",
+        REFINEMENT,
+    ),
+    Fault(
+        "truncated backpropagation keeps all steps",
+        "guides/schemes/semi_amortized.py",
+        "if t >= first and not stops:",
+        "if not stops:",
+        REFINEMENT,
+    ),
+    Fault(
+        "importance weights forget q",
+        "guides/schemes/semi_amortized.py",
+        "weights = torch.softmax(log_p - log_q, 0).unsqueeze(-1)",
+        "weights = torch.softmax(log_p, 0).unsqueeze(-1)",
+        REFINEMENT,
+    ),
+    Fault(
+        "curvature leaves out the prior",
+        "guides/schemes/laplace.py",
+        "half = 0.5 * change.square()",
+        "half = 0.0 * change.square()",
+        REFINEMENT,
+    ),
+    Fault(
+        "rows that stopped are written to the wrong place",
+        "guides/schemes/refinement.py",
+        "rows = keep if rows is None else rows[keep]",
+        "rows = keep",
+        REFINEMENT,
+    ),
+    Fault(
+        "a level does not see the draws before it",
+        "guides/guide.py",
+        "lam = self.schemes[group.name](group, replace(call, upstream=upstream))",
+        "lam = self.schemes[group.name](group, call)",
+        LEVELS,
+    ),
+    Fault(
+        "a latent may be covered twice",
+        "guides/guide.py",
+        "if len(keys) != 1:",
+        "if len(keys) < 1:",
+        COMPOSITE,
+    ),
+    Fault(
+        "doubly reparameterized gradients weigh once",
+        "guides/objectives/dreg.py",
+        "factor * (weights.square() * (rows - log_q)).sum()",
+        "factor * (weights * (rows - log_q)).sum()",
+        OBJECTIVES,
+    ),
+    Fault(
+        "the weighted bound is a sum",
+        "guides/objectives/iwelbo.py",
+        "return log_w.logsumexp(1) - math.log(log_w.shape[1])",
+        "return log_w.logsumexp(1)",
+        OBJECTIVES,
+    ),
+    Fault(
+        "N/B is left out of the weighted bound",
+        "guides/objectives/weighted.py",
+        "return -(scale * rows.sum(-1) + above).mean()",
+        "return -(rows.sum(-1) + above).mean()",
+        OBJECTIVES,
     ),
     Fault(
         "errors are not weighted by precision",

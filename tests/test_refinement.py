@@ -203,8 +203,8 @@ def test_importance_refinement_finds_the_posterior_mean() -> None:
         model,
         x,
         method="importance",
-        num_particles=4000,
-        num_iterations=3,
+        num_particles=20_000,
+        num_iterations=1,  # the fixed point would not tell wrong weights from right ones
         step_size=1.0,
         decay=False,
         init_scale=1.0,
@@ -506,7 +506,7 @@ def test_rows_stop_one_by_one_and_dropping_them_changes_nothing() -> None:
     """One row starts at its mode; the others go on without it."""
     model, x = chain(1, rows=6)
     mean, _ = posterior(model, x)
-    start = mean + torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0]).unsqueeze(-1)
+    start = mean + torch.tensor([0.0, 0.0, 0.0, 0.0, 1e-4, 2.0]).unsqueeze(-1)
     options: dict[str, Any] = {
         "encoder": Table(start),
         "num_iterations": 400,

@@ -40,7 +40,15 @@ from guides.inference import SVI
 from guides.objectives import RefinementELBO
 from zoo.data import binarized_mnist
 
-__all__ = ["best_local", "fit_local", "load_encoder", "main", "run", "train_refiner"]
+__all__ = [
+    "best_local",
+    "fit_local",
+    "load_encoder",
+    "main",
+    "run",
+    "summary",
+    "train_refiner",
+]
 
 RECORDS = Path(__file__).parents[1] / "records" / "mnist_gaps" / "study.jsonl"
 NUM_IMAGES = 1000
@@ -214,6 +222,48 @@ def run(
             _local(log, model, x, cache)
         if "refined" in stages:
             _refined(log, model, data.train, x, cache)
+        for text in summary(log):
+            log.note(text)
+
+
+def summary(log: StudyLog) -> list[str]:
+    """The paired differences that the study is about, as sentences; those that can be made."""
+
+    def rows(method: str, start: str = "better of both", score: str = "elbo") -> Tensor | None:
+        values = log.values(method=method, start=start)
+        return None if values is None else torch.tensor(values[score], dtype=torch.float64)
+
+    found = {
+        "the encoder": rows("encoder", ""),
+        "refinement at its trained iterations": rows("refined, 1x iterations", "encoder"),
+        "refinement at 4 times its iterations": rows("refined, 4x iterations", "encoder"),
+        "the best diagonal Gaussian": rows("normal"),
+        "the best full covariance": rows("multivariate_normal"),
+        "the best Sylvester flow": rows("sylvester"),
+        "the evidence": rows("log_evidence", "multivariate_normal", "log_evidence"),
+    }
+
+    def difference(high: str, low: str) -> str | None:
+        above, below = found[high], found[low]
+        if above is None or below is None:
+            return None
+        gap = above - below
+        error = 2 * float(gap.std()) / len(gap) ** 0.5
+        return f"{high} is {float(gap.mean()):+.3f} ± {error:.3f} nats an image from {low}"
+
+    pairs = [
+        ("refinement at its trained iterations", "the encoder"),
+        ("the best diagonal Gaussian", "the encoder"),
+        ("the best diagonal Gaussian", "refinement at its trained iterations"),
+        ("refinement at 4 times its iterations", "refinement at its trained iterations"),
+        ("the best full covariance", "the best diagonal Gaussian"),
+        ("the best Sylvester flow", "the best diagonal Gaussian"),
+        ("the evidence", "the best full covariance"),
+    ]
+    sentences = [text for high, low in pairs if (text := difference(high, low)) is not None]
+    if len(sentences) < len(pairs):
+        return []
+    return [f"Paired by image, ± 2 standard errors: {'; '.join(sentences)}."]
 
 
 def _local(log: StudyLog, model: zoo.VAE, x: Tensor, cache: Path) -> None:

@@ -138,8 +138,8 @@ NOTES = (
     "The exact density of two_moons is zero almost everywhere, so that reverse KL is infinite for "
     "any flow: there the guide is trained on data of which a share, the leak, comes from a wide "
     "Gaussian instead.",
-    "The published figure of gaussian_mixture is from before the benchmark's authors mended the "
-    "task's simulator, which drew one component for a whole batch.",
+    "The published figure of gaussian_mixture seems to be from before the benchmark's authors "
+    "mended the task's simulator, which drew one component for a whole batch.",
 )
 
 COLUMNS = {
