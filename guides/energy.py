@@ -237,6 +237,7 @@ class LogJoint:
         packed: Mapping[str, Tensor],
         *,
         jacobian: bool = True,
+        plain: Collection[str] = (),
         noncentered: Collection[str] = (),
     ) -> tuple[Tensor, Tensor]:
         """Log joint of packed, unconstrained latents.
@@ -245,6 +246,7 @@ class LogJoint:
             packed: ``{group: (B, K) or (K,)}``.
             jacobian: Add the log-determinants of the maps to the supports, which makes this the
                 log density in unconstrained space.
+            plain: Sites whose log-determinants are left out all the same.
             noncentered: Location-scale sites whose slots hold standardized values; the density
                 stays that of the centered variables.
 
@@ -255,6 +257,8 @@ class LogJoint:
         rows, other = self.run(values, errors=errors).total()
         if jacobian:
             for name, log_det in log_dets.items():
+                if name in plain:
+                    continue
                 if self.layout.sites[name].row_dim is None:
                     other = other + log_det
                 else:

@@ -44,13 +44,14 @@ Cell = tuple[Callable[[int], Family], Callable[[Tensor, Group, Call], Scheme]]
 
 
 class _Reference:
-    """Holds the model without owning it: no submodule, and never copied with the guide."""
+    """Holds the model without owning it: no submodule, and not copied by the guide."""
 
     def __init__(self, model: Program) -> None:
         self.model = model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
-        return self
+        # A guide that is copied after its model, in one copy, refines against that copy.
+        return _Reference(memo.get(id(self.model), self.model))
 
 
 class ProgramGuide(PyroModule):
@@ -107,6 +108,11 @@ class ProgramGuide(PyroModule):
         self._partition = {name: tuple(sites) for name, sites in partition.items()}
         self._example = self._example.split(self._partition)
         self._sizes = {group.name: group.size for group in self._example.groups}
+
+    @property
+    def plain(self) -> frozenset[str]:
+        """Sites that are scored as they are, without the map to their support: point masses."""
+        return frozenset() if self.jacobian else frozenset(self.latents)
 
     @property
     def model(self) -> Program:
@@ -176,7 +182,7 @@ class ProgramGuide(PyroModule):
                 if plate.name not in plates:
                     plates[plate.name] = pyro.plate(plate.name, plate.size, dim=plate.dim)
                 stack.enter_context(plates[plate.name])
-            if log_det is None or not self.jacobian:
+            if log_det is None or site.name in self.plain:
                 density = value.new_zeros(())
             else:
                 density = -log_det
@@ -393,7 +399,9 @@ class Guide(ProgramGuide):
             make = Local if group.plate is None else chosen[group.name][1]
             init = families[group.name].init(_start(group))
             self.schemes[group.name] = make(init, group, call).to(group.device)
-        self.amortized = any(member.amortized for member in self.schemes.values())
+        rows = [group.name for group in self._example.groups if group.plate is not None]
+        # One table of free rows is enough to keep new rows out.
+        self.amortized = bool(rows) and all(self.schemes[name].amortized for name in rows)
         self._check()
         del self._example_call
 
@@ -422,10 +430,10 @@ class Guide(ProgramGuide):
                 own = [site.name for site in group.sites if covered[site.name][0] == key]
                 name = group.name if len(keys) == 1 else f"{group.name}_{i}"
                 partition[name], chosen[name] = own, cells[key]
-                scheme = cells[key][1]
-                if sites[own[0]].row_dim is None and _is_amortized(scheme) and key == "global":
+                rowless = all(sites[s].row_dim is None for s, k in covered.items() if key in k)
+                if rowless and _is_amortized(cells[key][1]):
                     raise ValueError(
-                        "Cell 'global' is amortized, but global latents have no rows to read. "
+                        f"Cell {key!r} is amortized, but global latents have no rows to read. "
                         "Use the family alone, for example 'multivariate_normal'."
                     )
         self._split(partition)
@@ -459,8 +467,13 @@ class Guide(ProgramGuide):
         # Compares values, and those of a call that was rebuilt from its shapes say nothing.
         if not self.amortized and is_validation_enabled():
             _check_subsample_is_used(self, example)
-        masked = [site.name for site in example.sites.values() if site.masked]
-        if masked and self.has_density:
+        masked = [
+            site.name
+            for group in example.groups
+            for site in group.sites
+            if site.masked and self.families[group.name].has_density
+        ]
+        if masked:
             raise ValueError(
                 f"Latent site {masked[0]!r} is masked: where its mask is off the prior is gone "
                 "and the ELBO grows without bound. Sample it without the mask (mask only what "
@@ -470,6 +483,14 @@ class Guide(ProgramGuide):
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout) -> Call:
         return Call(self.model, args, dict(kwargs), read, guide=self)
 
+    @property
+    def plain(self) -> frozenset[str]:
+        """Sites of the cells without a density, unless ``jacobian=True``."""
+        if self.jacobian:
+            return frozenset()
+        points = [g for g in self._example.groups if not self.families[g.name].has_density]
+        return frozenset(site.name for group in points for site in group.sites)
+
     def group_distribution(
         self, group: Group, call: Call, upstream: Mapping[str, Tensor]
     ) -> dist.TorchDistribution:
@@ -477,7 +498,8 @@ class Guide(ProgramGuide):
         lam = self.schemes[group.name](group, replace(call, upstream=upstream))
         family = self.families[group.name]
         record = active()
-        if record and record[-1].group == group.name and record[-1].fraction < 1.0:
+        weighted = next(family.parameters(), None) is not None
+        if weighted and record and record[-1].group == group.name and record[-1].fraction < 1.0:
             # Its own weights, too, learn from the mean over the iterations.
             return PushedDistribution(Scaled(family, record[-1].fraction), group.batch(lam))
         return family.distribution(group.batch(lam))
@@ -517,10 +539,12 @@ class Guide(ProgramGuide):
                 "  covariance between global and data latents: not represented "
                 "(data_plate=None puts all into one group)"
             )
+        example = self._example
         external = all(f.scores_external_points for f in self.families.values())
         lines.append(
             f"  density: {_yes(self.has_density)}, amortized: {_yes(self.amortized)}, scores "
-            f"external points: {_yes(external and self.has_density)}, minibatches: yes"
+            f"external points: {_yes(external and self.has_density)}, minibatches: "
+            f"{_yes(example.data_plate is not None)}"
         )
         return "Guide(\n" + "\n".join(lines) + "\n)"
 

@@ -26,7 +26,7 @@ from guides.probe import Probe, Program, probe
 from guides.sites import Group, Observed, Plate, Site
 from guides.supports import is_real, support_numbers, unwrap
 
-__all__ = ["Layout", "layout"]
+__all__ = ["Layout", "layout", "mask_of"]
 
 Frame = Any  # pyro's CondIndepStackFrame
 
@@ -339,12 +339,12 @@ def _observed_site(
         row_dim=row_plate.dim if in_plate and row_plate is not None else None,
         plates=tuple(plates[frame.name] for frame in frames),
         event_dim=fn.event_dim,
-        mask=_mask(site["mask"], fn, shape, value.device),
+        mask=mask_of(site["mask"], fn, shape, value.device),
         fn=fn,
     )
 
 
-def _mask(mask: Any, fn: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
+def mask_of(mask: Any, fn: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
     """Which entries of an observed value count: the handler's mask and the distribution's own.
 
     Args:

@@ -23,6 +23,7 @@ from guides.supports import unwrap
 
 __all__ = ["error", "inverse", "is_location_scale", "location", "shift"]
 
+_WITHOUT_MEAN = ("Categorical", "HalfCauchy")
 _ELEMENTWISE = ("Normal", "Laplace", "Cauchy", "StudentT")
 
 
@@ -70,6 +71,11 @@ def error(fn: Any, value: Tensor) -> tuple[Tensor, str]:
     """
     base = unwrap(fn)
     family = type(base).__name__
+    if family in _WITHOUT_MEAN:
+        raise NotImplementedError(
+            f"{family} has no mean and variance, so a site of it has no prediction error. Leave "
+            "errors out, or write categories as OneHotCategorical."
+        )
     if not is_location_scale(fn):
         mean, variance = fn.mean, fn.variance
         return (value - mean) / variance, "(value - mean) / variance"

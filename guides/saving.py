@@ -24,12 +24,14 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from guides import GUIDES
 from guides.guide import Guide, ProgramGuide
 from guides.inference.laplace_guide import Laplace
 from guides.layout import Layout, layout
 from guides.probe import Program
 from guides.recipe import Recipe, build, describe, others
 from guides.rows import take_rows
+from guides.schemes import SCHEMES
 from guides.schemes.encoder import Encoder
 
 __all__ = ["FORMAT", "KEY", "device_of", "digest", "latents_of", "quiet", "save"]
@@ -148,14 +150,15 @@ def _posterior(guide: ProgramGuide) -> dict[str, Any] | None:
 
 def _portable(guide: ProgramGuide, recipe: Recipe) -> Recipe:
     """The recipe with what was decided from the data, and with a single row where one will do."""
-    schemes = guide.schemes.values() if isinstance(guide, Guide) else ()
-    encoders = [scheme for scheme in schemes if isinstance(scheme, Encoder)]
+    modules = guide.modules() if isinstance(guide, Guide) else ()
+    encoders = [module for module in modules if isinstance(module, Encoder)]
     kinds = {source.name: source.kind for encoder in encoders for source in encoder.sources}
-    reading = [cell for cell in recipe.cells if cell[1].startswith("amortized_")]
-    if len(reading) == 1:
+    # Cells may read different inputs, and what is read how is then theirs to say.
+    alike = all({s.name for s in encoder.sources} == set(kinds) for encoder in encoders)
+    if encoders and alike:
         cells = [
             (key, name, {**options, "features": describe(kinds)})
-            if (key, name, options) == reading[0] and "encoder" not in options
+            if GUIDES[name][0] != SCHEMES["local"] and "encoder" not in options
             else (key, name, options)
             for key, name, options in recipe.cells
         ]

@@ -1116,7 +1116,8 @@ def test_an_interrupt_loses_no_finished_run(tmp_path):
     """Ctrl-C while the slow guide runs: the fast one is recorded; the same command goes on."""
     path = write_file(tmp_path, "['normal', Slow]")
     words = [sys.executable, "-m", "benchmarks", "run", path.name, "--seeds", "1", "--out", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "5"}
+    # Longer than a loaded machine takes to send the signal, and never slept out.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "240"}
     process = subprocess.Popen(
         [*words, "--jobs", "1"],
         cwd=tmp_path,

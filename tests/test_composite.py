@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Predictive
+from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor
 
 import guides
@@ -18,7 +18,7 @@ from guides.diagnostics import elbo
 from guides.draws import draw
 from guides.families.normal import Normal
 from guides.inference import SVI
-from guides.objectives import RefinementELBO
+from guides.objectives import AnalyticELBO, RefinementELBO
 
 
 def program(x: Tensor, size: int | None = None, index: Tensor | None = None) -> None:
@@ -136,6 +136,10 @@ def test_a_product_of_cells_is_the_product_of_guides() -> None:
             r"Cell 'theta\*' covers no latent.*Latents: scale, loc, z.top, z.low",
         ),
         ({"global": "amortized_normal", "data": "normal"}, "global latents have no rows to read"),
+        (
+            {"scale": "amortized_normal", "loc": "normal", "data": "normal"},
+            "Cell 'scale' is amortized, but global latents have no rows to read",
+        ),
         ({"global": "normal", "data": "amortised_normal"}, "Did you mean amortized_normal"),
         (
             {"global": "normal", "z.top": "bottom_up_normal", "z.low": "normal"},
@@ -158,3 +162,88 @@ def test_options_belong_to_cells() -> None:
         guides.Guide(program, X)
     with pytest.raises(ValueError, match="Pass either family="):
         guides.Guide(program, X, family=Normal, cells={})
+
+
+def positive(x: Tensor) -> None:
+    """A positive global and a positive latent of each row."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Gamma(2.0, rate))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_a_point_beside_a_density_takes_no_jacobian_from_it() -> None:
+    x = torch.tensor([0.5, 1.0, 2.0])
+    guide = guides.make({"global": "delta", "data": "normal"}, positive, x)
+    nodes = poutine.trace(guide).get_trace(x).nodes
+    assert not nodes["rate"]["fn"].log_density.any()
+    z = nodes["z"]["value"]
+    torch.testing.assert_close(nodes["z"]["fn"].log_density, -z.log())  # z = exp(u)
+    torch.manual_seed(1)
+    found = AnalyticELBO(2000).loss(positive, guide, x)
+    # By hand: q moved to the positive numbers is a log-normal.
+    rate = nodes["rate"]["value"].detach()
+    loc, raw = guide.parameters_of(x)["data"].detach().unbind(-1)
+    q = dist.LogNormal(loc, torch.nn.functional.softplus(raw))
+    z = q.sample((2000,))
+    rows = dist.Gamma(2.0, rate).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - q.log_prob(z)
+    draws = -(rows.sum(-1) + dist.Gamma(2.0, 1.0).log_prob(rate))
+    error = float(draws.std()) / 2000**0.5
+    assert abs(found - float(draws.mean())) < 6 * error
+    traced = Trace_ELBO(2000, vectorize_particles=True, max_plate_nesting=1)
+    assert abs(traced.loss(positive, guide, x) - float(draws.mean())) < 6 * error
+    whole = guides.make({"global": "delta", "data": "normal"}, positive, x, jacobian=True)
+    nodes = poutine.trace(whole).get_trace(x).nodes
+    torch.testing.assert_close(nodes["rate"]["fn"].log_density, -nodes["rate"]["value"].log())
+
+
+def test_a_refined_cell_beside_a_point_keeps_its_jacobian() -> None:
+    x = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        one = torch.ones((), dtype=x.dtype)
+        rate = pyro.sample("rate", dist.Gamma(2 * one, one))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(2 * one, rate))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = guides.make(
+        {"global": "delta", "data": ("laplace_normal", {"num_iterations": 20})}, model, x
+    )
+    lam = guide.parameters_of(x)
+    u, rate = lam["data"][:, 0].detach().requires_grad_(), lam["global"].detach().exp()
+    z = u.exp()
+    log_p = dist.Gamma(2.0, rate).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) + u
+    (slope,) = torch.autograd.grad(log_p.sum(), u)
+    assert slope.abs().max() < 1e-6
+
+
+def test_a_masked_latent_needs_a_point_of_its_own() -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=x > 0):
+                z = pyro.sample("z", dist.Normal(loc, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([1.0, -1.0])
+    with pytest.raises(ValueError, match="Latent site 'z' is masked"):
+        guides.make({"global": "delta", "data": "normal"}, model, x)
+    guides.make({"global": "normal", "data": "delta"}, model, x)
+
+
+def test_one_table_of_free_rows_makes_a_guide_local() -> None:
+    cells = {"global": "normal", "z.top": "amortized_normal", "z.low": "normal"}
+    guide = guides.make(cells, program, X)
+    assert not guide.amortized
+    assert "amortized: no" in repr(guide)
+    assert guides.make({**cells, "z.low": "amortized_normal"}, program, X).amortized
+
+    def subsampled(x: Tensor) -> None:
+        with pyro.plate("data", 8, subsample_size=4):
+            top = pyro.sample("top", dist.Normal(0.0, 1.0))
+            low = pyro.sample("low", dist.Normal(top, 1.0))
+            pyro.sample("x", dist.Normal(low, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="data of the call do not follow the draw"):
+        guides.make({"top": "amortized_normal", "low": "normal"}, subsampled, X[:4, 0])

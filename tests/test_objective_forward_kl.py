@@ -219,3 +219,32 @@ def test_what_cannot_be_trained_so_is_refused() -> None:
     delta = guides.make("amortized_delta", model, x)
     with pytest.raises(ValueError, match="needs a guide with a density"):
         ForwardKL().loss(model, delta, x)
+
+
+@pytest.mark.parametrize("name", ["top_down_normal", "semi_amortized_normal"])
+def test_the_model_gets_no_gradient_through_a_guide_that_runs_it(name: str) -> None:
+    class Chain(pyro.nn.PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                top = pyro.sample("top", dist.Normal(0.0, 1.0))
+                low = pyro.sample("low", dist.Normal(self.weight * top, 1.0))
+                pyro.sample("x", dist.Normal(low, 0.5), obs=x)
+
+    model, x = Chain(), torch.linspace(-1.0, 1.0, 5)
+    guide = guides.make(name, model, x, hidden=(4,))
+    objective = ForwardKL()
+    torch.manual_seed(0)
+    objective(model, guide)(x).backward()
+    assert model.weight.grad is None or model.weight.grad.abs() < 1e-6
+    # Those of the guide are untouched.
+    torch.manual_seed(0)
+    args, kwargs, values = objective.draw(model, x)
+    wanted = torch.autograd.grad(
+        -objective.log_q(guide, values, *args, **kwargs).mean(), list(guide.parameters())
+    )
+    for parameter, gradient in zip(guide.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -624,3 +625,42 @@ def test_another_program_is_refused() -> None:
     for objective in (STL(), IWELBO(), AnalyticELBO(), DReG()):
         with pytest.raises(ValueError, match="but the model samples y"):
             objective.loss(other, guide, x)
+
+
+def test_what_was_found_of_one_model_is_not_told_of_another() -> None:
+    """The identity of an object that is gone passes to the next one."""
+    x = torch.zeros(3)
+    objective = AnalyticELBO()
+
+    def made(depends: bool) -> Callable[[Tensor], None]:
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                y = pyro.sample("y", dist.Normal(0.0, 1.0))
+                z = pyro.sample("z", dist.Normal(y if depends else 0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        return model
+
+    for i in range(40):
+        model = made(i % 2 == 1)
+        guide = guides.make("normal", model, x)
+        expected = ("y",) if i % 2 else ("y", "z")
+        assert objective.analytic_terms(model, guide, x)["prior"] == expected
+        del model, guide
+    pickle.dumps(objective)
+
+
+def test_analytic_terms_stay_so_while_refinement_is_recorded() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(4)
+    guide = guides.make("iterative_normal", model, x, network=(4,), shared_noise=True)
+    analytic = AnalyticELBO()
+    torch.manual_seed(0)
+    value = analytic.loss(model, guide, x)
+    torch.manual_seed(0)
+    recorded = RefinementELBO(analytic).loss_and_grads(model, guide, x)
+    assert recorded == pytest.approx(value, abs=1e-12)

@@ -1,7 +1,8 @@
-"""Refined guides: closed-form contraction, special cases, two gradients, and where they must run."""
+"""Refined guides: closed-form contraction, special cases, two gradients, where they must run."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pyro
@@ -103,7 +104,7 @@ def test_mean_field_loses_its_closed_form_gap() -> None:
 
 @pytest.mark.parametrize("what", ["mean", "variance"])
 def test_wrong_parameters_lose_their_closed_form_gap(what: str) -> None:
-    """1/2 (m - mu)' P (m - mu) for the mean; 1/2 sum(v P_ii - 1 - log v P_ii) for the variances."""
+    """1/2 (m - mu)' P (m - mu) for the mean, 1/2 sum(v P_ii - 1 - log v P_ii) for variances."""
     model, x = chain(1)
     mean, precision = posterior(model, x)
     diagonal = precision.diagonal(dim1=-2, dim2=-1)
@@ -311,7 +312,7 @@ def test_encodings_and_updates_learn(encodings: tuple[str, ...], update: str) ->
 
 
 def test_the_rows_gradient_is_that_of_the_formula_and_of_the_errors() -> None:
-    """The gradient in loc is J' eps_x - eps_z with precision-weighted errors, and finite differences."""
+    """The gradient in loc is J' eps_x - eps_z of precision-weighted errors, by differences, too."""
     model, x = chain(1)
     guide = small("normal", model, x)
     group, call = call_of(guide, x)
@@ -604,3 +605,105 @@ def test_coupled_rows_are_refused() -> None:
 def test_an_objective_without_a_loss_is_refused() -> None:
     with pytest.raises(TypeError, match="must have differentiable_loss"):
         RefinementELBO(objective=3)
+
+
+def test_a_mask_inside_a_distribution_is_that_of_the_handler() -> None:
+    """Neither curvature nor errors may see what it hides."""
+    on = torch.tensor([True, False, True])
+
+    def inside(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5).mask(on), obs=x)
+
+    x = torch.tensor([1.0, 2.0, 3.0])
+    guide = small("laplace_normal", inside, x)
+    loc, raw = guide.parameters_of(x)["data"].unbind(-1)
+    precision = 1.0 + 4.0 * on
+    torch.testing.assert_close(loc, 4.0 * on * x / precision)
+    torch.testing.assert_close(nn.functional.softplus(raw), precision.rsqrt())
+
+    def features(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).mask(on).to_event(1), obs=x)
+
+    x = torch.ones(2, 3)
+    guide = small("iterative_normal", features, x, encodings=("errors",), network=(4,))
+    bound = scheme_of(guide).bound(*call_of(guide, x))
+    lam = scheme_of(guide).start(*call_of(guide, x)).detach()
+    noise = bound.noise(lam)
+    errors = bound.errors(lam, noise)
+    assert (errors[:, 4] == 0).all()
+    assert (errors[:, [3, 5]] != 0).all()
+
+
+def test_errors_are_refused_where_there_are_none() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Categorical(logits=z), obs=x)
+
+    with pytest.raises(NotImplementedError, match="Categorical has no mean and variance"):
+        small("iterative_normal", model, torch.tensor([0, 2]), encodings=("errors",))
+
+
+def test_importance_refinement_leaves_an_exact_posterior() -> None:
+    """The location of a mixture is not its mean."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    one = float(torch.tensor(1.0).expm1().log())  # softplus(one) = 1
+    exact = torch.tensor([-1.0, 0.0, 0.0, 1.0, 1.0, one, one])
+    x = torch.zeros(2)
+    guide = small(
+        "semi_amortized_mixture",
+        model,
+        x,
+        method="importance",
+        num_particles=3,
+        components=2,
+        encoder=Table(exact.expand(2, -1)),
+    )
+    torch.testing.assert_close(guide.parameters_of(x)["data"].detach(), exact.expand(2, -1))
+
+
+def test_a_copy_of_model_and_guide_is_one_of_its_own() -> None:
+    model, x = chain(1)
+    guide = small("laplace_normal", model, x)
+    other, copied = copy.deepcopy((model, guide))
+    assert copied.model is other
+    before = copied.parameters_of(x)["data"].clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    torch.testing.assert_close(copied.parameters_of(x)["data"], before)
+    assert copy.deepcopy(guide).model is model
+
+
+def test_rows_that_stop_are_held_beside_a_table_of_free_rows() -> None:
+    """A call of fewer rows does not say which rows of the table they are."""
+
+    class Two(pyro.nn.PyroModule):
+        data_args = {"x": 0}
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                a = pyro.sample("a", dist.Normal(0.0, 1.0))
+                b = pyro.sample("b", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(a + b, 0.5), obs=x)
+
+    x = torch.linspace(-3.0, 3.0, 7)
+    cell = ("semi_amortized_normal", {"tolerance": 0.1, "num_iterations": 30})
+    local = guides.make({"a": cell, "b": "normal"}, Two(), x)
+    read = local.layout(x)
+    call = Call(local.model, (x,), {}, read, local)
+    assert not local.schemes["data_0"]._droppable(call)
+    shared = guides.make({"a": cell, "b": "amortized_normal"}, Two(), x)
+    assert shared.schemes["data_0"]._droppable(
+        Call(shared.model, (x,), {}, shared.layout(x), shared)
+    )
+    assert local.parameters_of(x)["data_0"].isfinite().all()

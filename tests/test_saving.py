@@ -141,6 +141,12 @@ CASES: dict[str, Case] = {
         lambda: (1 + torch.rand(6, 4), torch.rand(6, 4) < 0.7),
         SMALL,
     ),
+    "refined sets": Case(
+        "semi_amortized_normal",
+        lambda: sets,
+        lambda: (1 + torch.rand(6, 4), torch.rand(6, 4) < 0.7),
+        SMALL,
+    ),
     "flow": Case("spline_coupling", lambda: chain, rows(6, 2), FLOW),
     "amortized flow": Case("amortized_spline_coupling", lambda: chain, rows(6, 2), SMALL | FLOW),
     "amortized iaf": Case("amortized_iaf", lambda: chain, rows(6, 2), SMALL),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
@@ -23,6 +23,7 @@ from guides.supports import unwrap
 
 __all__ = ["AnalyticELBO"]
 
+_KEPT = 7
 _GAUSSIAN = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal")
 
 
@@ -72,7 +73,10 @@ class AnalyticELBO(Objective):
 
     def __init__(self, num_particles: int = 1) -> None:
         super().__init__(num_particles)
-        self._priors: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._priors: list[tuple[Program, ProgramGuide, tuple[str, ...]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_priors": []}
 
     def analytic_terms(
         self, model: Program, guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -103,7 +107,7 @@ class AnalyticELBO(Objective):
         log_joint = ExposedLogJoint(model, args, kwargs, layout=draws.layout)
         priors = self._analytic_priors(model, own, draws, log_joint)
         scale = draws.layout.scale
-        rows, other = _expected_joint(draws, log_joint, priors, jacobian=own.jacobian)
+        rows, other = _expected_joint(draws, log_joint, priors, plain=own.plain)
         elbo = scale * rows.sum(-1).mean() + other.mean()
         for group in draws.groups:
             found = group.entropy()
@@ -115,17 +119,20 @@ class AnalyticELBO(Objective):
     def _analytic_priors(
         self, model: Program, guide: ProgramGuide, draws: PackedDraws, log_joint: LogJoint
     ) -> tuple[str, ...]:
-        key = (id(model), id(guide))
-        if key not in self._priors:
-            gaussian = {
-                site.name
-                for d in draws.groups
-                if type(unwrap(d.q)).__name__ in _GAUSSIAN
-                for site in d.group.sites
-            }
-            independent = _independent_normals(log_joint, draws.packed(), draws.layout)
-            self._priors[key] = tuple(name for name in independent if name in gaussian)
-        return self._priors[key]
+        for known_model, known_guide, known in self._priors:
+            if known_model is model and known_guide is guide:
+                return known
+        gaussian = {
+            site.name
+            for d in draws.groups
+            if type(unwrap(d.q)).__name__ in _GAUSSIAN
+            for site in d.group.sites
+        }
+        independent = _independent_normals(log_joint, draws.packed(), draws.layout)
+        found = tuple(name for name in independent if name in gaussian)
+        # Held, because the identity of an object that is gone passes to another one.
+        self._priors = [*self._priors[-_KEPT:], (model, guide, found)]
+        return found
 
 
 def _independent_normals(
@@ -178,7 +185,7 @@ def _equal(first: TorchDistribution, second: TorchDistribution) -> bool:
 
 
 def _expected_joint(
-    draws: PackedDraws, log_joint: LogJoint, priors: tuple[str, ...], *, jacobian: bool
+    draws: PackedDraws, log_joint: LogJoint, priors: tuple[str, ...], *, plain: Collection[str]
 ) -> tuple[Tensor, Tensor]:
     """The log joint of the draws with priors in expectation: rows ``(S, B)`` and ``(S,)``."""
     inputs = draws.packed()
@@ -203,7 +210,9 @@ def _expected_joint(
         ):
             log_joint.model(*log_joint.args, **log_joint.kwargs)
         rows, other = found.total()
-        for name, log_det in log_dets.items() if jacobian else ():
+        for name, log_det in log_dets.items():
+            if name in plain:
+                continue
             if log_joint.layout.sites[name].row_dim is None:
                 other = other + log_det
             else:

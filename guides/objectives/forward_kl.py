@@ -95,7 +95,7 @@ class ForwardKL(Objective):
             new_args, new_kwargs, values = self.draw(model, *args, **kwargs)
             log_q = self.log_q(guide, values, *new_args, model=model, **new_kwargs)
             total = total - log_q.mean()
-        return total / self.num_particles
+        return _of_guide_alone(total / self.num_particles, model, guide)
 
     def draw(self, model: Program, *args: Any, **kwargs: Any) -> Simulated:
         """Simulate from the model: a call with new data, and the latents behind it by site."""
@@ -144,6 +144,21 @@ def _check_amortized(guide: Any) -> None:
             "ForwardKL needs an amortized guide: free parameters belong to the rows of one data "
             "set, and every call simulates another. Use amortized_ and the same family."
         )
+
+
+def _of_guide_alone(loss: Tensor, model: Program, guide: Callable[..., Any]) -> Tensor:
+    """The loss, without its gradient in the model: refined and top-down guides run the model."""
+    if not isinstance(model, nn.Module) or not loss.requires_grad:
+        return loss
+    own = {id(p) for p in guide.parameters()} if isinstance(guide, nn.Module) else set()
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    if not others:
+        return loss
+    gradients = torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True)
+    for parameter, gradient in zip(others, gradients, strict=True):
+        if gradient is not None:
+            loss = loss - (gradient.detach() * (parameter - parameter.detach())).sum()
+    return loss
 
 
 def _score(

@@ -19,6 +19,9 @@ from guides.probe import Program
 __all__ = ["ExposedLogJoint", "Objective", "check_count", "check_has_density", "own_guide"]
 
 
+_KEPT = 15
+
+
 class Objective(ELBO, abc.ABC):
     """A loss of a model and a guide.
 
@@ -34,7 +37,7 @@ class Objective(ELBO, abc.ABC):
     def __init__(self, num_particles: int = 1) -> None:
         check_count("num_particles", num_particles)
         super().__init__(num_particles=num_particles)
-        self._checked: set[tuple[str, int, int]] = set()
+        self._checked: list[tuple[str, Program, Callable[..., Any]]] = []
 
     @abc.abstractmethod
     def differentiable_loss(
@@ -65,10 +68,15 @@ class Objective(ELBO, abc.ABC):
 
     def _is_first(self, check: str, model: Program, guide: Callable[..., Any]) -> bool:
         """Whether a check of this pair was not made yet: those that cost a pass are made once."""
-        key = (check, id(model), id(guide))
-        first = key not in self._checked
-        self._checked.add(key)
-        return first
+        if any(c == check and m is model and g is guide for c, m, g in self._checked):
+            return False
+        # Held, because the identity of an object that is gone passes to another one.
+        self._checked = [*self._checked[-_KEPT:], (check, model, guide)]
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was checked holds models and guides; a copy checks anew.
+        return {**self.__dict__, "_checked": []}
 
     def __repr__(self) -> str:
         """Name and number of draws."""

@@ -21,6 +21,7 @@ from guides import location_scale
 from guides.draws import over_draws
 from guides.energy import LogJoint
 from guides.families.family import Family
+from guides.layout import mask_of
 from guides.schemes.scheme import Call, Scheme
 from guides.sites import Group, Observed, Site
 
@@ -62,7 +63,7 @@ class RowBound:
             raise ValueError("A refined guide needs the guide in its call.")
         self.group = group
         self.family = cast(Family, call.guide.families[group.name])
-        self.jacobian = call.guide.jacobian
+        self.plain = call.guide.plain
         self.log_joint = LogJoint(call.model, call.args, call.kwargs, layout=call.layout)
         self.num_particles = num_particles
         self.shared_noise = shared_noise
@@ -81,7 +82,7 @@ class RowBound:
     def log_joint_rows(self, packed: Tensor) -> Tensor:
         """Log joint ``(B,)`` of packed latents ``(B, K)``."""
         latents = {**self.held, self.group.name: packed}
-        return self.log_joint.packed(latents, jacobian=self.jacobian)[0]
+        return self.log_joint.packed(latents, plain=self.plain)[0]
 
     def draws(
         self, lam: Tensor, noise: Tensor, weights: Mapping[str, Tensor] | None = None
@@ -160,10 +161,9 @@ class RowBound:
             fn = terms.fns[name]
             shape = fn.batch_shape + fn.event_shape
             error = location_scale.error(fn, terms.values[name].expand(shape))[0]
-            for mask in (terms.masks[name], getattr(fn, "_mask", None)):
-                if isinstance(mask, Tensor):
-                    ones = (1,) * site.event_dim
-                    error = torch.where(mask.reshape(mask.shape + ones), error, 0.0)
+            mask = mask_of(terms.masks[name], fn, shape, error.device)
+            if mask is not None:
+                error = torch.where(mask, error, 0.0)
             rows = error.dim() - site.event_dim + site.row_dim
             error = error.movedim(rows, 0).reshape(read.num_rows, -1)
             result[name] = error.to(packed.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Conditional(Scheme):
         *,
         inputs: Callable[..., Tensor] | Sequence[str] | None = None,
         hidden: Sequence[int] = (128, 128),
-        features: str = "auto",
+        features: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__()
         self.encoder = Encoder(init, group, call, inputs=inputs, hidden=hidden, features=features)

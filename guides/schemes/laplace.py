@@ -161,7 +161,7 @@ class _Curvature(SiteTerms):
         before = self.reference.fns[name]
         if site["is_observed"] and name not in self.given:
             try:
-                return kl_divergence(_unmasked(before), _unmasked(fn))
+                return kl_divergence(before, fn)
             except NotImplementedError:
                 return -fn.log_prob(value)
         if type(unwrap(fn)).__name__ not in ("Normal", "MultivariateNormal"):
@@ -170,13 +170,6 @@ class _Curvature(SiteTerms):
         change = location_scale.inverse(fn, value) - old
         half = 0.5 * change.square()
         return half.flatten(-site["fn"].event_dim).sum(-1) if site["fn"].event_dim else half
-
-
-def _unmasked(fn: Any) -> Any:
-    """A distribution without the mask around it, which is applied to its terms instead."""
-    while hasattr(fn, "_mask") and hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def _gauss_newton(bound: RowBound, u: Tensor) -> Callable[[Tensor], Tensor]:
@@ -195,7 +188,7 @@ def _gauss_newton(bound: RowBound, u: Tensor) -> Callable[[Tensor], Tensor]:
         rows, _ = terms.total()
         for name, log_det in log_dets.items():
             gaussian = type(unwrap(terms.fns[name])).__name__ in ("Normal", "MultivariateNormal")
-            if read.sites[name].row_dim is not None and bound.jacobian and not gaussian:
+            if read.sites[name].row_dim is not None and name not in bound.plain and not gaussian:
                 rows = rows - log_det
         return rows
 

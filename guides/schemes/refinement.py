@@ -185,7 +185,12 @@ class Refinement(Scheme):
 
     def _droppable(self, call: Call) -> bool:
         stated = self.data_args is not None or getattr(call.model, "data_args", None) is not None
-        return stated and not any(p.random for p in call.layout.plates.values())
+        # A call of fewer rows does not say which rows of a table of free ones they are.
+        tables = call.guide is not None and any(
+            group.plate is not None and not call.guide.schemes[group.name].amortized
+            for group in call.layout.groups
+        )
+        return stated and not tables and not any(p.random for p in call.layout.plates.values())
 
     def _narrow(self, call: Call, rows: Tensor, group: Group) -> tuple[Group, Call]:
         """The call for some of its rows only."""

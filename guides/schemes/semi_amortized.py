@@ -30,7 +30,7 @@ class SemiAmortized(Refinement):
         a_k       = step_size (1 - k / K)                        or step_size, with decay=False
 
         w_m       = softmax_m(log p(x, z_m) - log q(z_m))        method="importance"
-        loc_{k+1} = (1 - a_k) loc_k + a_k sum_m w_m u_m
+        loc_{k+1} = loc_k + a_k (sum_m w_m u_m - mean_m u_m)
 
     Natural steps are scaled by the Fisher information F of q, so that one step size serves
     latents of any unit. Gradients of Gaussian families are path gradients, which hardly vary from
@@ -196,8 +196,9 @@ class SemiAmortized(Refinement):
         if self.method == "importance":
             u, log_q, log_p = bound.draws(lam, noise)
             weights = torch.softmax(log_p - log_q, 0).unsqueeze(-1)  # (M, B, 1)
-            loc = bound.family.location(lam)
-            return {"lam": bound.family.moved(lam, loc.lerp((weights * u).sum(0), rate))}
+            # From the mean of the draws, which need not be the location of a bent family.
+            step = (weights * u).sum(0) - u.mean(0)
+            return {"lam": bound.family.moved(lam, bound.family.location(lam) + rate * step)}
         gradient = bound.gradient(lam, noise, path=True).lam
         if self.optimizer == "natural":
             return {"lam": lam + rate * bound.family.natural(lam, gradient, self.clip)[0]}

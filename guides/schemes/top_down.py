@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class TopDown(Scheme):
         *,
         inputs: Callable[..., Tensor] | Sequence[str] | None = None,
         hidden: Sequence[int] = (128, 128),
-        features: str = "auto",
+        features: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__()
         if call.guide is None:
