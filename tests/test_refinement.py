@@ -312,7 +312,7 @@ def test_encodings_and_updates_learn(encodings: tuple[str, ...], update: str) ->
 
 
 def test_the_rows_gradient_is_that_of_the_formula_and_of_the_errors() -> None:
-    """The gradient in loc is J' eps_x - eps_z of precision-weighted errors, by differences, too."""
+    """The gradient in loc is J' eps_x - eps_z of precision-weighted errors, and differences agree."""
     model, x = chain(1)
     guide = small("normal", model, x)
     group, call = call_of(guide, x)
