@@ -81,7 +81,8 @@ def admit(program: Program, call: Call, limit: int | None, plate: str | None) ->
             "latents",
             f"Pyro's autoguides hold parameters for all latents at once (a dense covariance grows "
             f"with their square), so they run on targets of at most {limit} latents; this one has "
-            f"{total:,}. To run it all the same: autoguide_limit=None in the task.",
+            f"{total:,}. To run it all the same pass autoguide_limit=None to compare or Task; "
+            "else pass fewer rows, or compare guides of the grid, which have no limit.",
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from benchmarks.records import Records, append
 from benchmarks.standings import Standings, standings
 from benchmarks.table import html_table, text_table
 from benchmarks.task import Task, listed
+from guides.arguments import did_you_mean
 
 __all__ = ["Comparison", "compare"]
 
@@ -137,7 +140,8 @@ def compare(
         args: Its positional arguments; one tensor stands for `(tensor,)`.
         make_model: Instead of `model`: builds the program afresh for each run.
         kwargs: Its keyword arguments.
-        guides: Names of `guides.GUIDES`, Pyro guide classes, functions of one argument `model`
+        guides: Names of `guides.GUIDES`, mappings of cells to names (composite guides, as
+            `guides.make` takes them), Pyro guide classes, functions of one argument `model`
             that build a guide, guides, or `benchmarks.Method`; one of them stands for itself.
         loops: `"svi"`, `"predictive_coding"`, or functions `(model, guide, optim)`.
         held_out: Positional arguments on which it is scored; the training data by default.
@@ -155,9 +159,18 @@ def compare(
 
     Raises:
         ValueError: If the request itself makes no sense.
+        TypeError: For an argument that neither this function nor a task has.
     """
     from benchmarks.runner import compare_here
 
+    own = list(inspect.signature(compare).parameters)[:-1]
+    known = [*own, *(item.name for item in dataclass_fields(Task) if item.name not in own)]
+    unknown = [field for field in fields if field not in known]
+    if unknown:
+        raise TypeError(
+            f"compare has no argument {unknown[0]!r}. {did_you_mean(unknown[0], known)}It takes "
+            f"{', '.join(known)}. Options of guides are guide_options={{name: {{...}}}}."
+        )
     task = Task(
         name=name,
         model=model,

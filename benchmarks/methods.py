@@ -14,6 +14,8 @@ from pyro.infer.autoguide import AutoDelta, AutoGuide
 from pyro.poutine.guide import GuideMessenger
 from torch import nn
 
+from guides.arguments import did_you_mean
+
 __all__ = ["Method", "as_method", "as_methods", "family_and_scheme"]
 
 Program = Callable[..., Any]
@@ -34,8 +36,8 @@ class Method:
         scheme: How the parameters of q are found.
         loop: `"svi"`, `"predictive_coding"`, or a function `(model, guide, optim)`.
         point: Whether q is a point, which has no density and is scored by its Laplace covariance.
-        grid: Name in `guides.GUIDES`, for a cell of the grid.
-        options: Options of that cell.
+        grid: Name in `guides.GUIDES`, for a cell of the grid; cells by key for a composite guide.
+        options: Options of that cell, or of the composite guide.
         note: What a reader should know about it.
 
     Example:
@@ -52,7 +54,7 @@ class Method:
     scheme: str = "own"
     loop: Any = "svi"
     point: bool = False
-    grid: str | None = None
+    grid: str | Mapping[str, Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
@@ -91,7 +93,7 @@ class Method:
         return {
             "name": self.name,
             "loop": self.loop_name,
-            "grid": self.grid,
+            "grid": self.grid if self.grid is None or isinstance(self.grid, str) else self.name,
             "options": {key: repr(value) for key, value in sorted(self.options.items())},
         }
 
@@ -112,8 +114,9 @@ def family_and_scheme(name: str) -> tuple[str, str]:
 
     if name not in guides.GUIDES:
         raise ValueError(
-            f"'{name}' is not a guide of the grid. It has: {', '.join(guides.GUIDES)}. "
-            "Guides of your own are passed as a class, a function of `model`, or a guide."
+            f"'{name}' is not a guide of the grid. {did_you_mean(name, guides.GUIDES, 3)}It has: "
+            f"{', '.join(guides.GUIDES)}. Guides of your own are passed as a class, a function of "
+            "`model`, or a guide."
         )
     scheme, family = guides.GUIDES[name]
     names = {path: key for key, path in FAMILIES.items()}
@@ -165,6 +168,30 @@ def _grid_method(name: str, options: Mapping[str, Any]) -> Method:
     )
 
 
+def _composite_method(cells: Mapping[str, Any]) -> Method:
+    """A composite guide, named by its cells."""
+    words, names = [], []
+    for key, entry in cells.items():
+        pair = (entry, {}) if isinstance(entry, str) else tuple(entry)
+        if len(pair) != 2 or not isinstance(pair[1], Mapping):
+            raise TypeError(
+                f"Cell {key!r} of a composite guide is a name of the grid, or a pair of a name "
+                f"and its options; got {entry!r}."
+            )
+        name, options = pair
+        family_and_scheme(name)
+        names.append(name)
+        listed = ", ".join(f"{option}={value}" for option, value in options.items())
+        words.append(f"{key}: {name}({listed})" if listed else f"{key}: {name}")
+    return Method(
+        " + ".join(words),
+        family="composite",
+        scheme="composite",
+        point=bool(names) and all(name == "delta" for name in names),
+        grid=dict(cells),
+    )
+
+
 def _own_guide(original: Any, guide: Any, model: Any) -> Any:
     """Build for a guide instance: a copy that belongs to the run's model."""
     if not isinstance(guide, nn.Module):
@@ -202,7 +229,8 @@ def as_method(
     """Return the method that an entry of `guides=` stands for.
 
     Args:
-        entry: A `Method`, a name of the grid, a class or factory, a guide.
+        entry: A `Method`, a name of the grid, a mapping of cells (a composite guide, as
+            `guides.make` takes it), a class or factory, a guide.
         model: The program that a guide instance was made for.
         options: Options of grid guides by name.
 
@@ -213,6 +241,8 @@ def as_method(
         return entry
     if isinstance(entry, str):
         return _grid_method(entry, (options or {}).get(entry, {}))
+    if isinstance(entry, Mapping):
+        return _composite_method(entry)
     name = _name_of(entry)
     if _is_factory(entry):
         kind = entry.func if isinstance(entry, partial) else entry
@@ -234,8 +264,9 @@ def as_method(
             note="a guide instance: every seed starts from the state it was given in",
         )
     raise TypeError(
-        "A guide is a name of the grid, a class such as AutoNormal, a function of `model` that "
-        f"builds a guide, a guide, or a benchmarks.Method; got {type(entry).__name__}."
+        "A guide is a name of the grid, a mapping of cells to names (a composite guide), a class "
+        "such as AutoNormal, a function of `model` that builds a guide, a guide, or a "
+        f"benchmarks.Method; got {type(entry).__name__}."
     )
 
 
@@ -275,7 +306,8 @@ def as_methods(
         else:
             raise ValueError(
                 f"A loop is 'svi', '{PREDICTIVE_CODING}', or a function (model, guide, optim) "
-                f"that returns an object with step(); got {loop!r}."
+                f"that returns an object with step(); got {loop!r}. "
+                f"{did_you_mean(loop, ('svi', PREDICTIVE_CODING))}".strip()
             )
     names = [method.name for method in methods]
     for name in names:

@@ -11,12 +11,13 @@ from typing import Any
 
 from benchmarks.checks import check_call, check_held_out, left_out
 from benchmarks.digest import closure, code_digest, imported_names, local_files
-from benchmarks.methods import Method, as_method, as_methods
+from benchmarks.methods import Method, as_method, as_methods, family_and_scheme
 from benchmarks.provenance import machine, versions
 from benchmarks.records import run_key
 from benchmarks.suites import SUITES
 from benchmarks.task import Task
 from benchmarks.task_file import load_tasks
+from guides.arguments import did_you_mean
 
 __all__ = [
     "Plan",
@@ -93,8 +94,10 @@ def _roots(source: str | None, method: Method) -> tuple[list[str], list[Path]]:
     if method.grid is not None:
         import guides
 
-        entry: Any = guides.GUIDES[method.grid]
-        roots.extend([entry] if isinstance(entry, str) else entry)
+        cells = [method.grid] if isinstance(method.grid, str) else method.grid.values()
+        for cell in cells:
+            entry: Any = guides.GUIDES[cell if isinstance(cell, str) else cell[0]]
+            roots.extend([entry] if isinstance(entry, str) else entry)
     return roots, files
 
 
@@ -157,6 +160,7 @@ def plans_of(
     out = left_out(task)
     entries = [entry for entry in task.guides if not (isinstance(entry, str) and entry in out)]
     found = as_methods(entries, task.loops, model=task.model, options=task.guide_options)
+    _check_names(task, [method.name for method in found], out)
     if not found:
         name, reason = next(iter(out.items()), ("", "guides= is empty"))
         raise ValueError(
@@ -186,6 +190,18 @@ def plans_of(
                 plans.append(Plan(task, method, regime, seed, key, digest, modules, data))
     # All methods of the first seed come first, so that an early stop leaves a fair comparison.
     return sorted(plans, key=lambda item: item.seed)
+
+
+def _check_names(task: Task, found: Sequence[str], out: Mapping[str, str]) -> None:
+    """Raise where fields of a task name methods or guides that there are not."""
+    if task.baseline is not None and task.baseline not in (*found, *out):
+        raise ValueError(
+            f"baseline='{task.baseline}' of task '{task.name}' is none of its methods. "
+            f"{did_you_mean(task.baseline, found)}Methods: {', '.join(found)}."
+        )
+    for name in task.guide_options:
+        # Options of a guide that this task does not compare are harmless; those of none are lost.
+        family_and_scheme(name)
 
 
 def plan(
@@ -220,7 +236,8 @@ def plan(
     for name in methods or ():
         if name not in known:
             raise ValueError(
-                f"No method is called '{name}'. There are: {', '.join(sorted(known))}."
+                f"No method is called '{name}'. {did_you_mean(name, known)}There are: "
+                f"{', '.join(sorted(known))}."
             )
     plans = [
         item

@@ -122,7 +122,8 @@ def run_jobs(jobs: Sequence[Job], num_workers: int, target: str) -> Iterator[Eve
                 worker.job = job
                 worker.connection.send(job.payload)
                 yield Event(job, "started")
-            for ready in wait([worker.connection for worker in workers]):
+            # A signal that comes just before the wait begins is seen when it ends.
+            for ready in wait([worker.connection for worker in workers], timeout=1.0):
                 worker = next(item for item in workers if item.connection is ready)
                 try:
                     kind, content = worker.connection.recv()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.budget import Budget
+from guides.arguments import did_you_mean
 
 __all__ = ["GRID", "Task", "listed"]
 
@@ -24,8 +25,9 @@ GRID = tuple(
 
 
 def listed(value: Any) -> tuple[Any, ...]:
-    """Return one entry or several of them as a tuple: a name, a class or a guide stands alone."""
-    if isinstance(value, str) or not isinstance(value, Iterable) or callable(value):
+    """Return entries as a tuple: a name, a mapping, a class or a guide stands alone."""
+    alone = isinstance(value, (str, Mapping)) or callable(value)
+    if alone or not isinstance(value, Iterable):
         return (value,)
     return tuple(value)
 
@@ -78,7 +80,8 @@ class Task:
         kwargs: Keyword arguments of the program in training.
         held_out: Positional arguments on which it is scored; None scores the training data.
         held_out_kwargs: Keyword arguments with `held_out`.
-        guides: What is compared: names of `guides.GUIDES`, Pyro guide classes, functions of one
+        guides: What is compared: names of `guides.GUIDES`, mappings of cells to names (composite
+            guides, as `guides.make` takes them), Pyro guide classes, functions of one
             argument `model` that build a guide, guides, or `benchmarks.Method`. By default `GRID`,
             of which cells that do not apply to the program are left out, with the reason.
         loops: `"svi"`, `"predictive_coding"`, or functions `(model, guide, optim)` that build a
@@ -167,7 +170,10 @@ class Task:
             object.__setattr__(self, name, listed(getattr(self, name)))
         wrong = [regime for regime in self.regimes if regime not in REGIMES]
         if wrong:
-            raise ValueError(f"A regime is one of {', '.join(REGIMES)}; got {wrong[0]!r}.")
+            hint = did_you_mean(wrong[0], REGIMES)
+            raise ValueError(
+                f"A regime is one of {', '.join(REGIMES)}; got {wrong[0]!r}. {hint}".strip()
+            )
 
     def build_model(self) -> Callable[..., Any]:
         """Return a program of its own for one run."""

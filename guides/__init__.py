@@ -12,13 +12,13 @@ The package also holds the one inference loop that is not SVI: predictive coding
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from guides.arguments import check_options, did_you_mean
 from guides.families import FAMILIES
 from guides.grid import cell_name, refusal
 from guides.schemes import SCHEMES
@@ -66,7 +66,7 @@ def make(
 
     Raises:
         ValueError: For an unknown name, or where the program and the guide do not fit.
-        TypeError: For an unknown option.
+        TypeError: For an unknown option, one of another type, or arguments in another order.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -81,9 +81,11 @@ def make(
     from guides.guide import Guide
     from guides.recipe import Recipe
 
+    _check_program(name, model)
     known = {"guide": ["data_plate", "jacobian", "name"]}
     if isinstance(name, str):
-        family, scheme, rest = _cell(name, options, known)
+        family, scheme, rest = _cell(name, options, known, model)
+        check_options(Guide.__init__, rest, f"guide {name!r}")
         guide = Guide(
             model, *args, family=family, scheme=scheme, model_kwargs=model_kwargs, **rest
         )
@@ -91,15 +93,15 @@ def make(
         return guide
     cells = {}
     for key, entry in name.items():
-        cell, cell_options = (entry, {}) if isinstance(entry, str) else entry
-        *cells[key], _ = _cell(cell, cell_options, {})
+        *cells[key], _ = _cell(*_entry(key, entry), {}, model)
     unknown = [option for option in options if option not in known["guide"]]
     if unknown:
         raise TypeError(
             f"A composite guide has no option {unknown[0]!r}; its own options are "
-            f"{', '.join(known['guide'])}. Options of a cell stand beside its name: "
-            '{"data": ("amortized_normal", {"hidden": (64,)})}.'
+            f"{', '.join(known['guide'])}. {_remedy(unknown[0], known['guide'], model)}Options of "
+            'a cell stand beside its name: {"data": ("amortized_normal", {"hidden": (64,)})}.'
         )
+    check_options(Guide.__init__, options, "a composite guide")
     guide = Guide(
         model,
         *args,
@@ -111,8 +113,53 @@ def make(
     return guide
 
 
+def _check_program(name: Any, model: Any) -> None:
+    """Raise where name and model stand in each other's place, or are neither."""
+    if not isinstance(name, (str, Mapping)):
+        swapped = " The two seem to be swapped." if isinstance(model, (str, Mapping)) else ""
+        raise TypeError(
+            "The order is guides.make(name, model, *args): first the name of a guide, or a "
+            f"mapping from cells to names; got {type(name).__name__}.{swapped}"
+        )
+    if isinstance(model, type) or not callable(model):
+        got = f"the class {model.__name__}" if isinstance(model, type) else repr(model)[:60]
+        fix = " Build it first: model = Model(...)." if isinstance(model, type) else ""
+        raise TypeError(
+            "The order is guides.make(name, model, *args), and the model is a Pyro program: a "
+            f"function or a module, something to call; got {got}.{fix}"
+        )
+
+
+def _entry(key: str, entry: Any) -> tuple[str, Mapping[str, Any]]:
+    """Name and options of a cell of a composite guide."""
+    if isinstance(entry, str):
+        return entry, {}
+    pair = tuple(entry) if isinstance(entry, (tuple, list)) else ()
+    if len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping):
+        return pair
+    raise TypeError(
+        f"Cell {key!r} must be the name of a guide, or a pair of a name and its options, "
+        f'("amortized_normal", {{"hidden": (64,)}}); got {entry!r}.'
+    )
+
+
+def _remedy(option: str, known: Iterable[str], model: Any) -> str:
+    """What an unknown option may have been meant for."""
+    try:
+        function = model.forward if hasattr(model, "forward") else model
+        arguments = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        arguments = []
+    if option in arguments:
+        return (
+            f"{option!r} is an argument of the model: pass model_kwargs={{{option!r}: ...}}, the "
+            "keyword arguments of the example call. "
+        )
+    return did_you_mean(option, known)
+
+
 def _cell(
-    name: str, options: Mapping[str, Any], more: Mapping[str, list[str]]
+    name: str, options: Mapping[str, Any], more: Mapping[str, list[str]], model: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Family and scheme of a name with their options, and the options of neither."""
     if name not in GUIDES:
@@ -128,11 +175,9 @@ def _cell(
         )
         if reason is not None:
             raise ValueError(f"There is no guide {name!r}: {reason}")
-        close = difflib.get_close_matches(str(name), GUIDES, 5, 0.4)
         raise ValueError(
-            f"Unknown guide {name!r}. "
-            + (f"Did you mean {', '.join(close)}? " if close else "")
-            + f"A name is a family ({', '.join(FAMILIES)}), prefixed by a scheme unless it is "
+            f"Unknown guide {name!r}. {did_you_mean(name, GUIDES, 3)}"
+            f"A name is a family ({', '.join(FAMILIES)}), prefixed by a scheme unless it is "
             f"local ({', '.join(s for s in SCHEMES if s != 'local')}): amortized_normal."
         )
     scheme, family = (_resolve(path) for path in GUIDES[name])
@@ -149,9 +194,17 @@ def _cell(
             continue
         owner = next((part for part in known if option in known[part]), None)
         if owner is None:
-            listed = ", ".join(sorted({o for names in known.values() for o in names}))
-            raise TypeError(f"Guide {name!r} has no option {option!r}. Its options: {listed}.")
+            listed = sorted({o for names in known.values() for o in names})
+            raise TypeError(
+                f"Guide {name!r} has no option {option!r}. {_remedy(option, listed, model)}Its "
+                f"options: {', '.join(listed)}."
+            )
         sorted_options[owner][option] = value
+    for part, function in (("family", family), ("scheme", scheme)):
+        check_options(function, sorted_options[part], f"guide {name!r}")
+    if "init_scale" in sorted_options["family"] and "start_scale" in known["scheme"]:
+        # Asked for, it is the scale at the start; otherwise a scheme may know a better one.
+        sorted_options["scheme"].setdefault("start_scale", "family")
     return (
         functools.partial(family, **sorted_options["family"]),
         functools.partial(scheme, **sorted_options["scheme"]),
@@ -216,4 +269,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(home), name)
     if name in _SUBMODULES:
         return importlib.import_module(f"guides.{name}")
-    raise AttributeError(f"module 'guides' has no attribute {name!r}")
+    known = (*__all__, *_SUBMODULES)
+    hint = did_you_mean(name, known)
+    raise AttributeError(f"module 'guides' has no attribute {name!r}. {hint}".strip())

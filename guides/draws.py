@@ -20,9 +20,11 @@ from pyro.infer.autoguide.effect import GuideMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from guides.arguments import check_number
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
 from guides.layout import Layout, layout
+from guides.pairs import check_follows, check_order
 from guides.probe import Program
 from guides.supports import unwrap
 
@@ -98,8 +100,8 @@ def draw(
     Raises:
         ValueError: Where the guide leaves out a latent site, or has no density (a point mass).
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_number("num_samples", num_samples, integer=True, least=1)
+    check_order("(model, guide, *args)", model, guide)
     kwargs = {} if kwargs is None else kwargs
     with torch.no_grad():
         if isinstance(guide, ProgramGuide):
@@ -109,6 +111,7 @@ def draw(
             outside = False
             if guide.model is not model:
                 check_same_program(guide, model, args, kwargs)
+                check_follows(guide, model, args, kwargs)
         else:
             read = layout(model, args, kwargs, data_plate=data_plate, indices=indices)
             values, log_q_rows, log_q_global, outside = _draw_any_guide(

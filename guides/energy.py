@@ -145,7 +145,7 @@ def _prediction(fn: Any, site: Any) -> Tensor:
     except (NotImplementedError, AttributeError):
         return fallback
     valid = torch.isfinite(site.unconstrain(mean)).all() and torch.isfinite(mean).all()
-    return mean if valid else fallback
+    return torch.where(valid, mean, fallback)
 
 
 class LogJoint:

@@ -25,6 +25,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from guides.arguments import did_you_mean
 from guides.families.family import Family, PushedDistribution
 from guides.layout import Layout, layout
 from guides.location_scale import is_location_scale, location
@@ -231,7 +232,13 @@ class ProgramGuide(PyroModule):
         return draws, log_q, read
 
     def locations(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The center of q, as constrained values by site."""
+        """The location of q, mapped to the supports: constrained values by site.
+
+        Where q is symmetric in unconstrained space (the Gaussian families, ``student_t``) and the
+        map to a support is elementwise, it is the median of every coordinate. Flows and mixtures
+        bend around their location, which then is neither mean nor median: draw, and take those of
+        the draws.
+        """
         read = self._layout(args, kwargs, None)
         call = self._call(args, kwargs, read)
         located: dict[str, Tensor] = {}
@@ -369,6 +376,7 @@ class Guide(ProgramGuide):
     ) -> None:
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
         super().__init__(model, args, kwargs, data_plate=data_plate, name=name)
+        self._covered: dict[str, list[str]] = {}
         if (family is None) == (cells is None):
             raise ValueError("Pass either family= (one cell), or cells= (a composite guide).")
         if family is not None:
@@ -404,21 +412,42 @@ class Guide(ProgramGuide):
         self.amortized = bool(rows) and all(self.schemes[name].amortized for name in rows)
         self._check()
         del self._example_call
+        for module in self.schemes.modules():
+            if isinstance(module, Scheme):
+                module._built = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what belongs to a scheme: set on the guide it would change nothing."""
+        schemes = self.__dict__.get("_modules", {}).get("schemes")
+        if schemes is not None and name not in self.__dict__ and not hasattr(type(self), name):
+            owners = [key for key, scheme in schemes.items() if name in scheme.settings]
+            if owners:
+                raise AttributeError(
+                    f"{name!r} is a setting of the scheme of group {' and of '.join(owners)}: "
+                    f"guide.schemes[{owners[0]!r}].{name} = {value!r}."
+                )
+        super().__setattr__(name, value)
 
     def _compose(self, cells: Mapping[str, Cell]) -> dict[str, Cell]:
         """Split the groups so that every one has a single cell; the cell by group."""
+        if not cells:
+            raise ValueError(
+                "A composite guide needs a cell for its latents, and the mapping is empty. For "
+                'one guide of all latents pass its name; else for example {"global": "normal", '
+                '"data": "amortized_normal"}.'
+            )
         covered: dict[str, list[str]] = {site: [] for site in self.latents}
+        self._covered = covered
         for key in cells:
             for site in _matched(key, self._example):
                 covered[site].append(key)
         sites = self._example.sites
         for site, keys in covered.items():
             if len(keys) != 1:
-                problem = (
-                    f"{' and '.join(map(repr, keys))} all cover" if keys else "No cell covers"
-                )
+                problem = f"{' and '.join(map(repr, keys))} {'both' if len(keys) == 2 else 'all'}"
                 raise ValueError(
-                    f"{problem} latent site {site!r}. Every latent needs exactly one cell; the "
+                    f"{f'{problem} cover' if keys else 'No cell covers'} latent site {site!r}. "
+                    f"Every latent needs exactly one cell: {_cover(site, keys, covered)} The "
                     f"cells are {', '.join(map(repr, cells))}, the latents "
                     f"{', '.join(self.latents)}."
                 )
@@ -439,6 +468,13 @@ class Guide(ProgramGuide):
         self._split(partition)
         return chosen
 
+    def cell_of(self, group: str) -> str | None:
+        """The key of the cell that a group belongs to; None for a guide of one cell."""
+        if not self._covered:
+            return None
+        found = next(item for item in self._example.groups if item.name == group)
+        return self._covered[found.sites[0].name][0]
+
     def _order(self, chosen: dict[str, Cell]) -> None:
         """Split groups by site for the schemes that represent the dependence between sites."""
         partition: dict[str, list[str]] = {}
@@ -451,13 +487,16 @@ class Guide(ProgramGuide):
                 continue
             if len(names) < 2:
                 raise ValueError(
-                    f"A {_words(scheme)} guide represents the dependence between latent sites of "
-                    f"a row, and there is one only: {names[0]}. Use the amortized guide of the "
+                    f"The scheme {_words(scheme)} represents the dependence between latent sites "
+                    f"of a row, and there is one only: {names[0]}. Use the amortized guide of the "
                     "same family."
                 )
             cell = chosen.pop(group.name)
             for name in reversed(names) if order == "reversed" else names:
                 key = f"{group.name}_{name}".replace(".", "_")
+                while key in partition or key in chosen:
+                    # Sites "a.b" and "a_b" are two.
+                    key += "_"
                 partition[key], chosen[key] = [name], cell
         if list(partition) != [group.name for group in self._example.groups]:
             self._split(partition)
@@ -590,9 +629,21 @@ def _matched(key: str, example: Layout) -> list[str]:
         raise ValueError(
             f"Cell {key!r} covers no latent: it is neither 'global' nor 'data' nor a plate of the "
             f"program ({', '.join(example.plates) or 'it has none'}), and no latent site matches. "
+            f"{did_you_mean(key, ('global', 'data', *example.plates, *example.sites))}"
             f"Latents: {', '.join(example.sites)}."
         )
     return found
+
+
+def _cover(site: str, keys: Sequence[str], covered: Mapping[str, Sequence[str]]) -> str:
+    """What to change in the keys, so that a latent has one cell."""
+    if not keys:
+        return f'add one for it, "{site}": "normal".'
+    widest = max(keys, key=lambda key: sum(key in others for others in covered.values()))
+    rest = [s for s, others in covered.items() if widest in others and len(others) == 1]
+    if rest:
+        return f"in place of {widest!r} name what it is left with, {', '.join(map(repr, rest))}."
+    return f"leave out {widest!r}."
 
 
 def _given(call: Call, located: Mapping[str, Tensor]) -> Call:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from guides.arguments import did_you_mean
+from guides.capturing import is_capturing
 from guides.probe import Probe, Program, probe
 from guides.sites import Group, Observed, Plate, Site
 from guides.supports import is_real, support_numbers, unwrap
@@ -150,8 +152,9 @@ def layout(
 
     Raises:
         ValueError: For an unknown ``data_plate``, an undeclared subsampled plate, an empty data
-            plate, NaN in an observed site, lazy parameters, or a support that depends on a
-            latent.
+            plate, NaN in an observed site or values that its plates do not hold, lazy
+            parameters, or a support that depends on a latent.
+        TypeError: For observed values that are no tensor, or of a dtype without a density.
         NotImplementedError: For a discrete latent, or a support without a bijection.
 
     Example:
@@ -216,7 +219,15 @@ def _read(read: Probe, data_plate: str | None, names: frozenset[str] | None) -> 
             f"The data plate {row_plate.name!r} is empty. Pass a batch of at least one row."
         )
     for name, site in observed.items():
-        if site["value"].is_floating_point() and torch.isnan(site["value"]).any():
+        if not isinstance(site["value"], Tensor):
+            raise TypeError(
+                f"Observed site {name!r} holds a {type(site['value']).__name__}, and only tensors "
+                "have a log density: pass torch.as_tensor(value), floating values as "
+                "torch.as_tensor(value, dtype=torch.get_default_dtype())."
+            )
+        if is_capturing() or not site["value"].is_floating_point():
+            continue
+        if torch.isnan(site["value"]).any():
             raise ValueError(
                 f"Observed site {name!r} contains NaN. Fill missing entries with any value in the "
                 "support and switch them off with poutine.mask."
@@ -266,7 +277,7 @@ def _choose_data_plate(
         if data_plate not in plates:
             raise ValueError(
                 f"The program has no vectorized plate named {data_plate!r}. "
-                f"Its plates: {', '.join(plates) or 'none'}."
+                f"{did_you_mean(data_plate, plates)}Its plates: {', '.join(plates) or 'none'}."
             )
         return plates[data_plate], ()
     if "data" in plates:
@@ -314,7 +325,7 @@ def _latent_site(
 
 
 def _all_on(mask: Any) -> bool:
-    if mask is None or mask is True:
+    if mask is None or mask is True or is_capturing():
         return True
     return isinstance(mask, Tensor) and bool(mask.all())
 
@@ -333,6 +344,13 @@ def _observed_site(
             f"The value of observed site {name!r} has shape {tuple(value.shape)}, which does not "
             f"fit its distribution's {tuple(expected)}. Pass data of the model's shape."
         ) from None
+    if _crosses(shape, value.shape, fn):
+        raise ValueError(
+            f"The value of observed site {name!r} must have the shape of its distribution, "
+            f"{tuple(expected)}, got {tuple(value.shape)}: broadcast to {tuple(shape)}, "
+            "rows would be scored against one another. Add or remove the axis of length one "
+            "(unsqueeze, squeeze); entries beyond the plates need to_event or a plate."
+        )
     return Observed(
         name=name,
         value=value.expand(shape),
@@ -342,6 +360,19 @@ def _observed_site(
         mask=mask_of(site["mask"], fn, shape, value.device),
         fn=fn,
     )
+
+
+def _crosses(shape: torch.Size, value: torch.Size, fn: Any) -> bool:
+    """Whether broadcasting a value repeats the density, whose sum is then a plausible number.
+
+    A value may be smaller than its distribution, and wider in event dimensions of length one.
+    """
+    num_batch = len(shape) - fn.event_dim
+    batch, event = shape[:num_batch], shape[num_batch:]
+    # Without all its dimensions a value that widens the event does so by its rows.
+    shifted = event != fn.event_shape and len(value) < len(fn.batch_shape) + fn.event_dim
+    extra = num_batch - len(fn.batch_shape)
+    return shifted or batch[:extra].numel() != 1 or batch[extra:] != fn.batch_shape
 
 
 def mask_of(mask: Any, fn: Any, shape: torch.Size, device: torch.device) -> Tensor | None:

@@ -24,6 +24,9 @@ from guides.sites import Plate
 
 __all__ = ["load"]
 
+# Differences that an error lists.
+_SHOWN = 3
+
 
 def load(
     path: str | os.PathLike[str],
@@ -34,7 +37,8 @@ def load(
 ) -> ProgramGuide:
     """Build the guide of a file for a program, without its data.
 
-    The guide gets a name of its own in Pyro's parameter store unless ``name=`` gives one.
+    The guide gets a name of its own in Pyro's parameter store unless ``name=`` gives one. It is in
+    the mode, training or evaluation, that it was saved in, with the settings that it had then.
 
     Args:
         path: The file.
@@ -52,9 +56,15 @@ def load(
 
     Raises:
         FileNotFoundError: Where there is no such file.
+        TypeError: For a path and a model in each other's place, or an option of another type.
         ValueError: For a damaged file, one of a newer format, an option that must be passed
             again, or a program that is not the one that the guide was made for.
     """
+    if not isinstance(path, (str, os.PathLike)) or not callable(model):
+        raise TypeError(
+            "The order is guides.load(path, model, *args): a string or a pathlib.Path, then the "
+            f"program; got {type(path).__name__} and {type(model).__name__}."
+        )
     description, tensors = _read(Path(path))
     recipe = _recipe(description["recipe"])
     own = {key.partition(".")[2]: v for key, v in tensors.items() if key.startswith("guide.")}
@@ -64,12 +74,13 @@ def load(
     call = _call(recipe, model, args, model_kwargs)
     with quiet():
         try:
-            guide = _build(recipe, model, *call, description["data_plate"], overrides)
+            guide = _build(recipe, model, *call, description["data_plate"], dict(overrides))
         except Exception as error:
+            given = "the example call" if args or model_kwargs else "an example call of zeros"
             error.add_note(
-                f"While building the guide of {path} from an example call of zeros. Where the "
-                "program depends on the values of its data, pass an example call: "
-                "guides.load(path, model, *args)."
+                f"While building the guide of {path} from {given}, {_shapes(call)}. The program "
+                "must be the one that the guide was made for; where it depends on the values of "
+                "its data, pass an example call: guides.load(path, model, *args)."
             )
             raise
     _check_latents(guide, description["latents"], path)
@@ -80,14 +91,44 @@ def load(
     frozen = set(description["frozen"])
     for name, parameter in guide.named_parameters():
         parameter.requires_grad_(name not in frozen)
+    _restore_settings(guide, description, overrides)
     return guide
+
+
+def _shapes(call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> str:
+    """What a call looks like, in words."""
+    args, kwargs = call
+    parts = [_shape(value) for value in args] + [f"{k}={_shape(v)}" for k, v in kwargs.items()]
+    return f"({', '.join(parts)})"
+
+
+def _shape(value: Any) -> str:
+    return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _restore_settings(
+    guide: ProgramGuide, description: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Settings that were changed after construction, and the mode; overrides stay."""
+    for group, settings in description.get("settings", {}).items():
+        key = guide.cell_of(group)
+        given = overrides if key is None else overrides.get(key, {})
+        passed = {option.removeprefix("scheme_") for option in given}
+        for name, value in settings.items():
+            if name not in passed:
+                setattr(guide.schemes[group], name, value)
+    if "evaluating" in description:
+        evaluating = set(description["evaluating"])
+        for name, part in guide.named_modules():
+            part.training = name not in evaluating
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+        kind = " It is a folder: name the file in it." if path.is_dir() else ""
+        raise FileNotFoundError(f"There is no file {str(path)!r}.{kind}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -190,6 +231,14 @@ def _check_latents(guide: ProgramGuide, expected: list[dict[str, Any]], path: An
     if found == expected:
         return
 
+    here = {item["site"]: item for item in found}
+    changed = [
+        f"latent site {item['site']!r} has {item['size']} coordinates of group {item['group']!r} "
+        f"in the file and {other['size']} of group {other['group']!r} here"
+        for item in expected
+        if (other := here.get(item["site"])) is not None and other != item
+    ]
+
     def words(latents: list[dict[str, Any]]) -> str:
         return ", ".join(
             f"{item['site']} ({item['family']}, {item['size']} coordinates, {item['group']})"
@@ -197,8 +246,10 @@ def _check_latents(guide: ProgramGuide, expected: list[dict[str, Any]], path: An
         )
 
     raise ValueError(
-        f"{path} holds a guide for another program: its latents are {words(expected)}; those of "
-        f"this program are {words(found)}. Pass the program that the guide was made for; where "
+        f"{path} holds a guide for another program: "
+        + (f"{'; '.join(changed)}. Its" if changed else "its")
+        + f" latents are {words(expected)}; those of this program are {words(found)}. Pass the "
+        "program that the guide was made for; where "
         "its latents depend on the values of the data, pass an example call as well: "
         "guides.load(path, model, *args)."
     )
@@ -244,13 +295,48 @@ def _fill(module: Any, state: dict[str, Tensor], role: str, path: Any) -> None:
             f"{path} holds parameters of the model, but the model passed is a "
             f"{type(module).__name__} and has none. Pass the nn.Module that was saved."
         )
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
+    wrong = _misfits(module, state)
+    if wrong:
+        # Before anything is copied: a module that is half filled would look like a loaded one.
         hint = (
-            "Where a network's shape follows from the values of the data, pass an example call: "
+            "Pass the program that the guide was made for, on data of the same shape; where a "
+            "network's shape follows from the values of the data, pass an example call: "
             "guides.load(path, model, *args)."
             if role == "guide"
             else "Build the model with the options that it was saved with."
         )
-        raise ValueError(f"The {role} in {path} does not fit this one: {error} {hint}") from None
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ValueError(
+            f"The {role} in {path} does not fit this one: {'; '.join(wrong[:_SHOWN])}{more}. "
+            f"{hint}"
+        )
+    module.load_state_dict(state)
+
+
+def _misfits(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """What differs between a module and a state, each with its name and both shapes."""
+    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = []
+    for name in dict.fromkeys((*state, *own)):
+        words = _place(module, name)
+        if name not in own:
+            found.append(f"{words} of shape {tuple(state[name].shape)} is in the file only")
+        elif name not in state:
+            found.append(f"{words} of shape {own[name]} is not in the file")
+        elif own[name] != tuple(state[name].shape):
+            shape = tuple(state[name].shape)
+            found.append(f"{words} has shape {shape} in the file and {own[name]} here")
+    return found
+
+
+def _place(module: nn.Module, name: str) -> str:
+    """A parameter by the group of latents that it serves."""
+    part, _, rest = name.partition(".")
+    key, _, rest = rest.partition(".")
+    if isinstance(module, Guide) and part in ("schemes", "families"):
+        sites = next(group.sites for group in module._example.groups if group.name == key)
+        listed = ", ".join(repr(site.name) for site in sites)
+        return f"{rest!r} of the {part} of group {key!r} (latents {listed})".replace(
+            "schemes", "scheme"
+        ).replace("families", "family")
+    return repr(name)

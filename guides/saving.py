@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -33,6 +33,7 @@ from guides.recipe import Recipe, build, describe, others
 from guides.rows import take_rows
 from guides.schemes import SCHEMES
 from guides.schemes.encoder import Encoder
+from guides.schemes.scheme import Scheme
 
 __all__ = ["FORMAT", "KEY", "device_of", "digest", "latents_of", "quiet", "save"]
 
@@ -57,7 +58,9 @@ def save(
     Raises:
         ValueError: For a guide that no recipe tells how to build, or a state that holds something
             else than tensors.
-        TypeError: For a ``model`` without parameters of its own (no ``nn.Module``).
+        TypeError: For a ``model`` without parameters of its own (no ``nn.Module``), or a guide and
+            a path in each other's place.
+        FileNotFoundError: Where the folder does not exist.
 
     Example:
         >>> import guides, tempfile, pyro.distributions as dist
@@ -75,6 +78,11 @@ def save(
     """
     from safetensors.torch import save as to_bytes
 
+    if isinstance(guide, (str, os.PathLike)) or not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            "The order is guides.save(guide, path), the path a string or a pathlib.Path; got "
+            f"{type(guide).__name__} and {type(path).__name__}."
+        )
     recipe = getattr(guide, "recipe", None)
     if not isinstance(recipe, Recipe) or not isinstance(guide, ProgramGuide):
         raise ValueError(
@@ -86,6 +94,17 @@ def save(
         raise TypeError(
             f"model= must be an nn.Module, whose state can be saved; got {type(model).__name__}. "
             "Parameters of pyro.param are saved by pyro.get_param_store().save(path)."
+        )
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{str(path)!r} is a folder. Name a file in it: guides.save(guide, "
+            f"{str(path / 'guide.safetensors')!r})."
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder {str(path.parent)!r} does not exist, so no file can be written there. "
+            "Make it first: pathlib.Path(path).parent.mkdir(parents=True)."
         )
     tensors = _tensors("guide", guide)
     tensors |= {} if model is None else _tensors("model", model)
@@ -99,11 +118,12 @@ def save(
         "latents": latents_of(guide),
         "frozen": [name for name, p in guide.named_parameters() if not p.requires_grad],
         "posterior": _posterior(guide),
+        "settings": _settings(guide),
+        "evaluating": [name for name, part in guide.named_modules() if not part.training],
         "has_model": model is not None,
         "digest": digest(tensors),
     }
     content = to_bytes(tensors, {KEY: json.dumps(description)})
-    path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -136,6 +156,15 @@ def latents_of(guide: ProgramGuide) -> list[dict[str, Any]]:
         for group in guide._example.groups
         for site in group.sites
     ]
+
+
+def _settings(guide: ProgramGuide) -> dict[str, dict[str, Any]]:
+    """What may be changed in a guide after it was built, by group."""
+    if not isinstance(guide, Guide):
+        return {}
+    schemes = {group.name: guide.schemes[group.name] for group in guide._example.groups}
+    found = {name: cast(Scheme, scheme).settings for name, scheme in schemes.items()}
+    return {name: settings for name, settings in found.items() if settings}
 
 
 def _posterior(guide: ProgramGuide) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from guides.capturing import is_capturing
+
 __all__ = ["check_data", "check_support", "feasible", "is_real", "support_numbers", "unwrap"]
 
 
@@ -72,6 +74,7 @@ def check_data(name: str, fn: Any, value: Any, mask: Any) -> None:
     """Raise where observed values lie outside the support of their distribution.
 
     Distributions that were built without validation are not checked, nor is what a mask hides.
+    A dtype that the distribution cannot score is refused in any case.
 
     Args:
         name: Name of the site.
@@ -80,7 +83,14 @@ def check_data(name: str, fn: Any, value: Any, mask: Any) -> None:
         mask: The mask of the site.
     """
     base = unwrap(fn)
+    if isinstance(value, Tensor) and not value.is_floating_point() and _needs_floats(base):
+        raise TypeError(
+            f"Observed site {name!r} holds values of {value.dtype}, and {type(base).__name__} "
+            "scores floating point values only: pass x.to(torch.get_default_dtype())."
+        )
     if not getattr(base, "_validate_args", False) or not isinstance(value, Tensor):
+        return
+    if is_capturing():
         return
     mask = getattr(fn, "_mask", None) if mask is None else mask
     if mask is False or isinstance(mask, Tensor):
@@ -94,6 +104,13 @@ def check_data(name: str, fn: Any, value: Any, mask: Any) -> None:
             f"Observed site {name!r} has values outside the support {fn.support} of its "
             f"distribution ({type(base).__name__}). Pass data of that support."
         )
+
+
+def _needs_floats(base: Any) -> bool:
+    """Distributions whose density is torch's binary cross entropy, which takes no integers."""
+    return isinstance(
+        base, (torch.distributions.Bernoulli, torch.distributions.ContinuousBernoulli)
+    )
 
 
 def _example(fn: Any) -> Tensor:

@@ -14,7 +14,7 @@ import pyro
 
 import guides
 from guides.grid import cell_name, refusal
-from guides.inference import SVI, PredictiveCoding
+from guides.inference import SVI, CompiledSVI, PredictiveCoding
 from guides.objectives import RefinementELBO
 from tests.model_cases import MODEL_CASES
 
@@ -110,6 +110,11 @@ class LoopCase:
 
 LOOP_CASES = {
     "svi": LoopCase(lambda model, guide, optim: SVI(model, guide, optim, RefinementELBO())),
+    "compiled_svi": LoopCase(
+        lambda model, guide, optim: CompiledSVI(
+            model, guide, optim, RefinementELBO(), mode="graph"
+        )
+    ),
     "predictive_coding": LoopCase(
         lambda model, guide, optim: PredictiveCoding(model, optim, guide=guide, num_steps=3)
     ),

@@ -122,7 +122,8 @@ def test_a_loop_runs_the_pair(model_name: str, guide_name: str, loop_name: str) 
     # A weight that multiplies a latent at exactly zero moves from the second step on.
     losses = [loop.step(*args) for _ in range(3)]
     assert all(isinstance(loss, float) for loss in losses)
-    learns = {"svi": ("model", "guide"), "predictive_coding": ("model",)}[loop_name]
+    both = ("model", "guide")
+    learns = {"svi": both, "compiled_svi": both, "predictive_coding": ("model",)}[loop_name]
     for role, module in modules.items():
         moved = [n for n, p in module.named_parameters() if not torch.equal(p, before[role][n])]
         if role in learns:

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 import guides
 import zoo
 from guides.diagnostics import elbo, log_weights
+from guides.families.family import inverse_positive, positive
+from guides.families.normal import Normal
 from guides.guide import Guide
 from guides.inference import SVI
 from guides.objectives import RefinementELBO
 from guides.schemes.bound import RowBound
 from guides.schemes.encoder import Encoder
 from guides.schemes.laplace import row_hessian
+from guides.schemes.natural_step import natural_step
 from guides.schemes.recording import recording
 from guides.schemes.scheme import Call
 
@@ -262,7 +265,7 @@ def test_a_constant_rate_is_gradient_ascent(name: str) -> None:
     torch.manual_seed(5)
     found = guide.parameters_of(x)["data"]
     group, call = call_of(guide, x)
-    bound = RowBound(group, call)
+    bound = scheme.bound(group, call)
     torch.manual_seed(5)
     lam = scheme.start(group, call).detach()
     for _ in range(4):
@@ -312,7 +315,7 @@ def test_encodings_and_updates_learn(encodings: tuple[str, ...], update: str) ->
 
 
 def test_the_rows_gradient_is_that_of_the_formula_and_of_the_errors() -> None:
-    """The gradient in loc is J' eps_x - eps_z of precision-weighted errors, and differences agree."""
+    """The gradient in loc is J' eps_x - eps_z of the errors, and finite differences agree."""
     model, x = chain(1)
     guide = small("normal", model, x)
     group, call = call_of(guide, x)
@@ -358,7 +361,7 @@ def test_gauss_newton_curvature_is_that_of_the_bernoulli_decoder() -> None:
     guide = small("laplace_multivariate_normal", model, x)
     group, call = call_of(guide, x)
     u = torch.randn(4, 3)
-    found = scheme_of(guide).precision(RowBound(group, call), u)
+    found = scheme_of(guide).hessian(RowBound(group, call), u)
     for row, z in enumerate(u):
         jacobian = torch.autograd.functional.jacobian(
             lambda v: model.decode(v).base_dist.logits, z
@@ -707,3 +710,143 @@ def test_rows_that_stop_are_held_beside_a_table_of_free_rows() -> None:
         Call(shared.model, (x,), {}, shared.layout(x), shared)
     )
     assert local.parameters_of(x)["data_0"].isfinite().all()
+
+
+# Defaults of the learned refinement, and iterations beyond the trained ones.
+
+
+def test_one_natural_step_finds_the_best_diagonal_gaussian() -> None:
+    """Of independent coordinates, whatever the units of q; the rate interpolates precisions."""
+    precision, mode = torch.tensor([0.5, 40.0, 3.0]), torch.tensor([1.0, -0.5, 20.0])
+    scale, loc = torch.tensor([2.0, 0.4, 15.0]), torch.tensor([0.0, 0.2, 0.0])
+    family = Normal(3)
+    lam = torch.cat([loc, inverse_positive(scale)])
+    lam.requires_grad_(True)
+    spread = positive(lam[3:])
+    # E_q of the quadratic log joint, and the entropy.
+    value = -0.5 * (precision * ((lam[:3] - mode).square() + spread.square())).sum()
+    (gradient,) = torch.autograd.grad(value + spread.log().sum(), [lam])
+    for rate in (0.03, 1.0):
+        if rate == 1.0:
+            # Within the limit on how much sharper q may become in one step.
+            scale = torch.tensor([2.0, 0.4, 2.0])
+            lam = torch.cat([mode + 0.5 * scale, inverse_positive(scale)])
+            gradient = torch.cat(
+                [
+                    -precision * 0.5 * scale,
+                    (1 / scale - precision * scale) * torch.sigmoid(lam[3:]),
+                ]
+            )
+        start = lam.detach()
+        found = natural_step(family, start, gradient, torch.full((6,), rate), torch.zeros(6))
+        sharper = (precision * scale.square() - 1).clamp_max(20.0)
+        expected = (1 + rate * sharper) / scale.square()
+        assert torch.allclose(positive(found[3:]), expected.rsqrt(), rtol=1e-6)
+        steps = (gradient[:3] / expected / scale).clamp(-2.0, 2.0)
+        assert torch.allclose(found[:3], start[:3] + rate * scale * steps, rtol=1e-6)
+    assert torch.allclose(found[:3], mode, rtol=1e-6)
+
+
+def test_an_untrained_iterative_guide_is_close_to_the_best_gaussian_in_any_units() -> None:
+    def program(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.full((2,), 100.0), 30.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 3.0).to_event(1), obs=x)
+
+    torch.manual_seed(0)
+    x = 100 + 30 * torch.randn(50, 2)
+    evidence = dist.Normal(100.0, (900 + 9) ** 0.5).log_prob(x).sum(-1).mean()
+    gap = {
+        label: evidence
+        - elbo(program, guides.make("iterative_normal", program, x, **o), x).rows.mean()
+        for label, o in {
+            "prior": {},
+            "family": {"start_scale": "family"},
+            "asked": {"init_scale": 0.1},
+        }.items()
+    }
+    assert 0 < gap["prior"] < 4
+    assert gap["family"] > 50
+    assert gap["asked"] > 50
+
+
+def images() -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    model = zoo.VAE(x_dim=36, z_dim=4, hidden=(16,)).double().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(2.5)
+    return model, model(size=100).detach()
+
+
+def rows_of(guide: Guide, model: Any, x: Tensor, iterations: int) -> Tensor:
+    scheme_of(guide).eval_iterations = iterations
+    torch.manual_seed(1)
+    rows = elbo(model, guide, x, num_samples=100).rows
+    assert rows is not None
+    return rows
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"update": "learned_step", "num_particles": 1}, {"update": "highway"}]
+)
+def test_iterating_longer_than_trained_is_no_worse(options: dict[str, Any]) -> None:
+    model, x = images()
+    guide = small("iterative_normal", model, x, network=(32,), **options)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), RefinementELBO())
+    svi.run(40, ((x,), {}), progress=False)
+    guide.eval()
+    gain = rows_of(guide, model, x, 64) - rows_of(guide, model, x, 5)
+    assert gain.isfinite().all()
+    assert gain.mean() > -2 * gain.std() / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("update", ["natural_step", "highway", "direct"])
+def test_a_spoiled_network_does_not_lower_the_bound_beyond_the_trained_iterations(
+    update: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = images()
+    options = {"update": update, "network": (8,), "num_iterations": 1}
+    guide = small("iterative_normal", model, x, **options).eval()
+    scheme = scheme_of(guide)
+    with torch.no_grad():
+        for parameter in scheme.network.parameters():
+            parameter.mul_(30.0)
+        scheme.move.weight.normal_(0.0, 30.0)
+    start, step = scheme.start(*call_of(guide, x)), scheme.step
+    spoiled = []
+
+    def spare_the_trained_one(family: Any, lam: Tensor, *rest: Any) -> Tensor:
+        if torch.equal(lam, start):
+            return lam
+        spoiled.append(step(family, lam, *rest))
+        return spoiled[-1]
+
+    monkeypatch.setattr(scheme, "step", spare_the_trained_one)
+    gain = rows_of(guide, model, x, 16) - rows_of(guide, model, x, 1)
+    assert len(spoiled) == 14
+    assert gain.isfinite().all()
+    assert gain.mean() > 2 * gain.std() / len(x) ** 0.5
+    assert gain.min() > -1.0
+    scheme.eval_iterations = 16
+    assert scheme.evaluations == 16 * 2 + 15 * 3 * 8
+    assert scheme.train().evaluations == 2
+
+
+def test_guarded_iterations_keep_rows_apart_and_run_under_transforms() -> None:
+    model, x = images()
+    guide = small("iterative_normal", model, x, shared_noise=True, eval_iterations=9).eval()
+    torch.manual_seed(3)
+    together = guide.parameters_of(x)["data"]
+    torch.manual_seed(3)
+    with torch.no_grad():
+        alone = guide.parameters_of(x[7:8])["data"]
+    assert torch.allclose(alone[0], together[7], atol=1e-9)
+    parameters = dict(scheme_of(guide).named_parameters())
+
+    def total(parameters: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(2)
+        call = call_of(guide, x)
+        return torch.func.functional_call(scheme_of(guide), parameters, call).square().sum()
+
+    found = torch.func.grad(total)({k: v.detach() for k, v in parameters.items()})
+    assert all(value.isfinite().all() for value in found.values())

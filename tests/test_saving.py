@@ -471,7 +471,8 @@ def test_another_program_is_refused(saved: Path, program: Any) -> None:
 def test_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:
     model, guide = guides.pair(zoo.VAE(x_dim=4, z_dim=2, hidden=(3,)), torch.zeros(2, 4))
     guides.save(guide, tmp_path / "g", model=model)
-    with pytest.raises(ValueError, match=r"(?s)The model in .* does not fit.*size mismatch"):
+    shapes = r"has shape \(4, 3\) in the file and \(4, 5\)"
+    with pytest.raises(ValueError, match=rf"The model in .* does not fit.*{shapes}"):
         guides.load(tmp_path / "g", zoo.VAE(x_dim=4, z_dim=2, hidden=(5,)))
     with pytest.raises(ValueError, match=r"parameters of the model, but .* function"):
         guides.load(tmp_path / "g", chain)

@@ -13,6 +13,7 @@ imported when they are first used: ``zoo.VAE`` is ``zoo.vae.VAE``. Data sets are
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,9 @@ def make(name: str, **options: Any) -> Model:
         torch.Size([3, 64])
     """
     if name not in MODELS:
-        raise ValueError(f"Unknown model {name!r}. Available models: {', '.join(MODELS)}.")
+        close = difflib.get_close_matches(str(name), MODELS, 1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"Unknown model {name!r}. {hint}Available models: {', '.join(MODELS)}.")
     import inspect
 
     model_class = _resolve(MODELS[name])

@@ -58,6 +58,9 @@ REFINER: dict[str, Any] = {
     "num_particles": 4,
     "start": "encoder",
     "hidden": HIDDEN,
+    "update": "learned_step",
+    "encodings": ("natural_gradient", "parameters"),
+    "rate": 0.3,
 }
 FLOW: dict[str, Any] = {"transforms": 4}
 STAGES = ("local", "refined")
@@ -297,7 +300,7 @@ def _refined(log: StudyLog, model: zoo.VAE, train: Tensor, x: Tensor, cache: Pat
             key=key,
             values={
                 "elbo": _rounded(score.rows),
-                "draw_gradients": times * trained * int(REFINER["num_particles"]),
+                "draw_gradients": _scheme(refiner).evaluations,
             },
         )
 

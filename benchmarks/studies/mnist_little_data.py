@@ -41,7 +41,17 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "semi_amortized_normal",
         {"num_iterations": 4, "num_particles": 1, "backprop": "none"},
     ),
-    "iterative": ("iterative_normal", {"num_iterations": 4, "start": "encoder"}),
+    "iterative": (
+        "iterative_normal",
+        {
+            "num_iterations": 4,
+            "num_particles": 1,
+            "start": "encoder",
+            "update": "learned_step",
+            "encodings": ("natural_gradient", "parameters"),
+            "rate": 0.3,
+        },
+    ),
 }
 
 

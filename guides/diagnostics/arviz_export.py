@@ -22,6 +22,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from guides.arguments import check_number, did_you_mean
 from guides.diagnostics.arviz_arrays import (
     FIXED_GROUPS,
     SAMPLE_DIMS,
@@ -34,6 +35,7 @@ from guides.diagnostics.export_calls import split_calls
 from guides.diagnostics.export_draws import Assembly, assemble
 from guides.guide import ProgramGuide
 from guides.layout import Layout, layout
+from guides.pairs import check_follows, check_order
 from guides.probe import Program
 
 __all__ = ["to_arrays", "to_arviz"]
@@ -137,12 +139,15 @@ def to_arrays(
     kwargs = {} if model_kwargs is None else dict(model_kwargs)
     known = (*SAMPLED_GROUPS, *FIXED_GROUPS)
     wanted = known if groups is None else tuple(groups)
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_order("to_arviz(model, guide, *args)", model, guide)
+    check_number("num_samples", num_samples, integer=True, least=1)
     for group in wanted:
         if group not in known:
-            raise ValueError(f"Unknown group {group!r}. Groups: {', '.join(known)}.")
+            raise ValueError(
+                f"Unknown group {group!r}. {did_you_mean(group, known)}Groups: {', '.join(known)}."
+            )
     if isinstance(guide, ProgramGuide):
+        check_follows(guide, model, args, kwargs)
         data_plate = guide.data_plate
     read = layout(model, args, kwargs, data_plate=data_plate)
     calls = split_calls(model, args, kwargs, read, batch_size, data_args)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guides.arguments import check_number
 from guides.draws import Draws, draw
 from guides.probe import Program
 
@@ -212,6 +213,7 @@ def log_evidence(
     Returns:
         The score; its standard error is that of the log of the mean (delta method).
     """
+    check_number("num_samples", num_samples, integer=True, least=1)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     parts: list[tuple[Tensor, Tensor]] = []
@@ -274,6 +276,7 @@ def pareto_khat(
     Returns:
         The indices. Weights that do not vary (an exact guide) have index -inf.
     """
+    check_number("num_samples", num_samples, integer=True)
     if num_samples < 25:
         raise ValueError(f"num_samples must be at least 25 to fit a tail, got {num_samples}.")
     weights = log_weights(

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
+from guides.arguments import did_you_mean
 from guides.layout import Layout
 from guides.rows import bind
 from guides.schemes.scheme import Call
@@ -59,7 +60,8 @@ def read_inputs(selection: Selection, call: Call) -> list[Input]:
         if missing:
             raise ValueError(
                 f"inputs= names arguments that the call does not have: {', '.join(missing)}. "
-                f"Arguments of the call: {', '.join(bound) or 'none'}."
+                f"{did_you_mean(missing[0], bound)}Arguments of the call: "
+                f"{', '.join(bound) or 'none'}."
             )
         inputs = [Input(name, _tensor(name, bound[name])) for name in selection]
     else:

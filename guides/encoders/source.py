@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from guides.arguments import did_you_mean
 from guides.encoders.inputs import Input, alike
 from guides.layout import Layout
 
@@ -153,8 +154,8 @@ def describe(
         wanted = chosen.get(item.name, "auto")
         if wanted not in ("auto", *KINDS):
             raise ValueError(
-                f"features must be one of auto, {', '.join(KINDS)}, got {wanted!r}. It says how "
-                "the encoder reads its inputs."
+                f"features must be one of auto, {', '.join(KINDS)}, got {wanted!r}. "
+                f"{did_you_mean(wanted, KINDS)}It says how the encoder reads its inputs."
             )
         kinds.append(_kind(item, layout, wanted))
     forced = [kind for kind in dict.fromkeys(chosen.values()) if kind != "auto"]

@@ -106,9 +106,10 @@ class Family(nn.Module, abc.ABC):
         return PushedDistribution(self, lam)
 
     def location(self, lam: Tensor) -> Tensor:
-        """Its center ``(..., K)``: the point that stands for q where one is needed.
+        """Its location parameter ``(..., K)``: the point that stands for q where one is needed.
 
-        Every parameter vector begins with it.
+        Every parameter vector begins with it. It is mean and median of q where q is symmetric
+        around it, as Gaussians are; a flow or a mixture bends around it, so that it is neither.
         """
         return lam[..., : self.size]
 

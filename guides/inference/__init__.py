@@ -6,11 +6,14 @@ import importlib
 from typing import Any
 
 LOOPS = {
+    "compiled_svi": "guides.inference.compiled_svi:CompiledSVI",
     "svi": "guides.inference.svi:SVI",
     "predictive_coding": "guides.inference.predictive_coding:PredictiveCoding",
 }
 
 _EXPORTS = {
+    "Compiled": "guides.capture.kind",
+    "CompiledSVI": "guides.inference.compiled_svi",
     "IndefiniteHessianError": "guides.inference.laplace_guide",
     "Laplace": "guides.inference.laplace_guide",
     "PredictiveCoding": "guides.inference.predictive_coding",

@@ -29,6 +29,10 @@ from pyro.infer.util import zero_grads
 from torch import Tensor
 
 from guides import location_scale
+from guides.capture.arguments import Arguments, flatten
+from guides.capture.graph import CaptureError
+from guides.capture.kind import Compiled, Kind
+from guides.capture.steps import choose_mode
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
 from guides.inference.checks import capture, check_ownership, warn_frozen
@@ -86,6 +90,11 @@ class PredictiveCoding:
         tolerance: Stop a relaxation when every gradient is below it.
         global_rate: With a minibatch, step of the persistent global latents relative to that of
             their curvature; by default B/N, which makes an epoch one full step.
+        mode: How :meth:`step` runs after the first one: ``"eager"`` traces the program at every
+            update of the latents; ``"graph"`` captures the whole step, relaxation, gradients and
+            optimizer, as one graph of tensor operations; ``"inductor"`` compiles that graph;
+            ``"auto"`` compiles where there is a C++ compiler. What cannot be captured runs
+            eagerly, and :attr:`compiled` says why.
         newton_steps: Newton steps at most that :meth:`posterior` takes from the relaxed state to
             the mode; 0 for none.
 
@@ -120,7 +129,13 @@ class PredictiveCoding:
         tolerance: float = 0.0,
         global_rate: float | None = None,
         newton_steps: int = 20,
+        mode: str = "eager",
     ) -> None:
+        if not callable(model) or isinstance(model, (type, ProgramGuide, pyro.optim.PyroOptim)):
+            raise TypeError(
+                "The order is PredictiveCoding(model, optim, guide=None), and the model is a Pyro "
+                f"program; got {type(model).__name__} first."
+            )
         if not isinstance(optim, pyro.optim.PyroOptim):
             raise TypeError(
                 f"optim must be a PyroOptim, got {type(optim).__name__}. Use for example "
@@ -157,6 +172,14 @@ class PredictiveCoding:
         self._curvature: dict[str, Tensor] | None = None
         self._steps = 0
         self._checked: set[tuple[str, ...]] = set()
+        self.mode, self._fallback = choose_mode(mode)
+        self._kinds: dict[Any, Kind] = {}
+        self._cost: dict[Any, int] = {}
+
+    @property
+    def compiled(self) -> list[Compiled]:
+        """What became of every kind of call of :meth:`step` so far, unless all are eager."""
+        return [kind.report() for kind in self._kinds.values()]
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Relax, then update the model's parameters at the relaxed state.
@@ -170,6 +193,10 @@ class PredictiveCoding:
             better: -log p(x, z), minus log|dz/du| of constrained sites with ``jacobian=True``. It
             is no bound on -log p(x) and cannot be compared with an ELBO.
         """
+        if self.mode != "eager" and self._steps:
+            found = self._compiled_step(args, kwargs)
+            if found is not None:
+                return found
         log_joint = self._log_joint(args, kwargs)
         hold = _holds_globals(log_joint)
         values, relaxed = self._relax(log_joint, learning=True, hold_globals=hold)
@@ -191,6 +218,84 @@ class PredictiveCoding:
         self._keep_globals(log_joint, self._moved_globals(log_joint, relaxed) if hold else values)
         self._steps += 1
         return float(relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global)
+
+    def _compiled_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """The step by a graph; None where no graph stands for it."""
+        arguments = flatten(args, kwargs)
+        kind = self._kinds.get(arguments.key)
+        if kind is None:
+            kind = self._kinds[arguments.key] = Kind(
+                lambda: self._setup(arguments),
+                self.optim,
+                mode=self.mode,
+                reason=self._fallback,
+            )
+        if kind.graph is None:
+            return None
+        if self._curvature is not None and self._steps % _REFRESH == 0:
+            log_joint = self._log_joint(args, kwargs)
+            packed, moved = self._start_packed(log_joint)
+            self._cached_curvature(log_joint, packed, moved)
+        state, names = self._state_tensors()
+        losses, extras = kind.steps([*arguments.tensors, *state], None)
+        if self._globals is not None:
+            self._globals = dict(zip(names, extras, strict=True))
+        self.gradient_evaluations += self._cost[arguments.key]
+        self._steps += 1
+        return float(losses)
+
+    def _state_tensors(self) -> tuple[list[Tensor], list[str]]:
+        """Curvatures and global latents, which a captured step takes as inputs."""
+        curvatures = [] if self._curvature is None else list(self._curvature.values())
+        names = [] if self._globals is None else list(self._globals)
+        kept = [] if self._globals is None else list(self._globals.values())
+        return [*curvatures, *kept], names
+
+    def _setup(self, arguments: Arguments) -> Any:
+        if self.tolerance:
+            raise CaptureError("tolerance ends a relaxation by the values of its gradients")
+        args, kwargs = arguments.build(arguments.tensors)
+        used = capture(self.model, args, kwargs)
+        parameters = list({id(t): t for t in used.values() if t.requires_grad}.values())
+        state, names = self._state_tensors()
+        groups = [] if self._curvature is None else list(self._curvature)
+
+        def function(*data: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+            count = len(arguments.tensors)
+            given, named = arguments.build(data[:count])
+            rest = list(data[count:])
+            # What the step changes in this object is put back: the graph returns it instead.
+            before = (self._curvature, self._globals, self._steps, self.gradient_evaluations)
+            if groups:
+                self._curvature = dict(zip(groups, rest[: len(groups)], strict=True))
+                self._steps = 1  # no refresh inside
+            if names:
+                self._globals = dict(zip(names, rest[len(groups) :], strict=True))
+            try:
+                energy, grads = self._energy_and_grads(given, named, parameters)
+                moved = [] if self._globals is None else [self._globals[n] for n in names]
+                self._cost[arguments.key] = self.gradient_evaluations - before[3]
+            finally:
+                self._curvature, self._globals, self._steps, self.gradient_evaluations = before
+            return energy, grads, moved
+
+        return function, [*arguments.tensors, *state], parameters
+
+    def _energy_and_grads(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Relax, and take the gradient of the parameters there."""
+        log_joint = self._log_joint(args, kwargs)
+        hold = _holds_globals(log_joint)
+        values, relaxed = self._relax(log_joint, learning=True, hold_globals=hold)
+        with torch.enable_grad():
+            rows, other = log_joint.run(values, expose_params=True).total()
+            loss = -log_joint.total(rows, other)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.gradient_evaluations += max(1, log_joint.layout.num_rows)
+        self._keep_globals(log_joint, self._moved_globals(log_joint, relaxed) if hold else values)
+        energy = relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global
+        return energy.detach(), list(grads)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The energy after a relaxation, as :meth:`step` returns it; changes nothing."""
@@ -332,12 +437,7 @@ class PredictiveCoding:
         self, log_joint: LogJoint, learning: bool = False, hold_globals: bool = False
     ) -> tuple[dict[str, Tensor], Relaxed]:
         read = log_joint.layout
-        values = self._start(log_joint)
-        moved = self._noncentered(read)
-        packed = read.pack(values)
-        if moved:
-            standardized = log_joint.standardize(values, moved)
-            packed = _insert(packed, standardized, read)
+        packed, moved = self._start_packed(log_joint)
         step_size: Any = self.step_size
         if step_size == "auto" and learning:
             step_size = self._cached_curvature(log_joint, packed, moved)
@@ -353,6 +453,16 @@ class PredictiveCoding:
         )
         self.gradient_evaluations += relaxed.num_gradients * max(1, read.num_rows)
         return self._values(log_joint, relaxed.packed), relaxed
+
+    def _start_packed(self, log_joint: LogJoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Where a relaxation starts, in its own coordinates, and what is standardized there."""
+        values = self._start(log_joint)
+        moved = self._noncentered(log_joint.layout)
+        packed = log_joint.layout.pack(values)
+        if moved:
+            standardized = log_joint.standardize(values, moved)
+            packed = _insert(packed, standardized, log_joint.layout)
+        return packed, moved
 
     def _values(self, log_joint: LogJoint, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Constrained values of packed latents in the coordinates of the relaxation."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from guides.capturing import is_capturing
 from guides.energy import LogJoint
 
 __all__ = ["Relaxed", "curvature", "energy_function", "relax"]
@@ -222,7 +223,7 @@ def _choose(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
 def _check_finite(
     log_joint: LogJoint, rows: Tensor, other: Tensor, diverged: bool = False
 ) -> None:
-    if bool(torch.isfinite(rows).all()) and bool(torch.isfinite(other)):
+    if is_capturing() or (bool(torch.isfinite(rows).all()) and bool(torch.isfinite(other))):
         return
     if diverged:
         raise ValueError(

@@ -67,7 +67,8 @@ def run(
     """Make ``num_steps`` steps of a loop.
 
     Args:
-        loop: Anything with ``step(*args, **kwargs) -> float`` and an ``optim``.
+        loop: Anything with ``step(*args, **kwargs) -> float`` and an ``optim``; with
+            ``steps(most, *args, **kwargs) -> list[float]`` it makes several at once on one batch.
         num_steps: Steps in all, those of ``state`` included.
         batches: One call ``(args, kwargs)``; an iterable of calls, of tensors or of tuples of
             tensors (positional arguments); or a ``DataLoader``. Iterables are cycled; to resume
@@ -100,27 +101,34 @@ def run(
             next(feed)
         torch.set_rng_state(state["rng"])
     reason = "num_steps"
+    # A compiled loop makes several steps at once, where they are all on one batch.
+    several = getattr(loop, "steps", None) if _is_call(batches) else None
     hidden = not progress or not sys.stderr.isatty()
     with tqdm(total=num_steps, initial=len(losses), disable=hidden, leave=False) as bar:
         try:
-            while len(losses) < num_steps:
+            while len(losses) < num_steps and reason == "num_steps":
                 args, kwargs = next(feed)
-                loss = loop.step(*args, **kwargs)
-                if not loss == loss or abs(loss) == float("inf"):
-                    error = FloatingPointError(
-                        f"The loss became {loss} at step {len(losses)}. Lower the learning rate, "
-                        "clip gradients (pyro.optim.ClippedAdam), or check the data. The run so "
-                        "far is this error's attribute `run`."
-                    )
-                    error.run = Run(losses, "not finite", _state(loop, losses))  # type: ignore[attr-defined]
-                    raise error
-                losses.append(loss)
-                bar.update()
-                if len(losses) % 10 == 0:
-                    bar.set_postfix(loss=f"{loss:.5g}")
-                if stop is not None and (answer := stop(losses)):
-                    reason = answer if isinstance(answer, str) else "stop"
-                    break
+                if several is None:
+                    made = [loop.step(*args, **kwargs)]
+                else:
+                    made = several(num_steps - len(losses), *args, **kwargs)
+                for loss in made:
+                    if not loss == loss or abs(loss) == float("inf"):
+                        error = FloatingPointError(
+                            f"The loss became {loss} at step {len(losses)}. Lower the learning "
+                            "rate, clip gradients (pyro.optim.ClippedAdam), or check the data. "
+                            "The run so far is this error's attribute `run`."
+                        )
+                        left = Run(losses, "not finite", _state(loop, losses))
+                        error.run = left  # type: ignore[attr-defined]
+                        raise error
+                    losses.append(loss)
+                    if stop is not None and reason == "num_steps" and (answer := stop(losses)):
+                        # Losses of steps that were made in the same call are kept.
+                        reason = answer if isinstance(answer, str) else "stop"
+                bar.update(len(made))
+                if len(losses) // 10 != (len(losses) - len(made)) // 10:
+                    bar.set_postfix(loss=f"{losses[-1]:.5g}")
         except KeyboardInterrupt:
             reason = "interrupted"
     return Run(losses, reason, _state(loop, losses))

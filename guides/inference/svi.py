@@ -7,9 +7,11 @@ from typing import Any
 
 import pyro.infer
 import pyro.optim
+from torch import Tensor
 
 from guides.inference.checks import capture, check_ownership, warn_frozen
 from guides.inference.running import Run, Stop, run
+from guides.pairs import check_follows, check_order
 
 __all__ = ["SVI"]
 
@@ -50,6 +52,20 @@ class SVI(pyro.infer.SVI):
     def __init__(
         self, model: Any, guide: Any, optim: pyro.optim.PyroOptim, loss: Any, **options: Any
     ) -> None:
+        check_order("SVI(model, guide, optim, loss)", model, guide)
+        if not isinstance(optim, pyro.optim.PyroOptim):
+            got = optim.__name__ if isinstance(optim, type) else type(optim).__name__
+            raise TypeError(
+                f"SVI(model, guide, optim, loss) needs a PyroOptim as optim, got {got}. Use for "
+                'example pyro.optim.Adam({"lr": 1e-3}), which makes a torch optimizer for every '
+                "parameter as it appears."
+            )
+        if isinstance(loss, type) or not (callable(loss) or hasattr(loss, "loss_and_grads")):
+            kind = loss.__name__ if isinstance(loss, type) else None
+            raise TypeError(
+                "SVI(model, guide, optim, loss) needs an objective as loss, got "
+                + (f"the class {kind}: pass an instance, {kind}()." if kind else f"{loss!r}.")
+            )
         super().__init__(model, guide, optim, loss, **options)
         self.frozen: list[str] = []
         self._checked = False
@@ -59,15 +75,23 @@ class SVI(pyro.infer.SVI):
         if self._checked:
             return super().step(*args, **kwargs)
         programs = {"guide": self.guide, "model": self.model}
-        used = {role: capture(p, args, kwargs) for role, p in programs.items()}
-        check_ownership(programs, used)
+        used = self._check(programs, args, kwargs)
         loss = super().step(*args, **kwargs)
-        self._checked = True
         touched = {tensor for tensors in used.values() for tensor in tensors.values()}
         learning = {tensor for tensor in touched if tensor.grad is not None}
         for program in programs.values():
             self.frozen += warn_frozen(program, learning)
         return loss
+
+    def _check(
+        self, programs: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Check the pair on its first call; returns the parameters that each of them touches."""
+        check_follows(self.guide, self.model, args, kwargs, learning=True)
+        used = {role: capture(program, args, kwargs) for role, program in programs.items()}
+        check_ownership(programs, used)
+        self._checked = True
+        return used
 
     def run(  # type: ignore[override]
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from guides.draws import check_same_program
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
+from guides.pairs import check_follows, check_order
 from guides.probe import Program
 
 __all__ = ["ExposedLogJoint", "Objective", "check_count", "check_has_density", "own_guide"]
@@ -125,6 +126,7 @@ def own_guide(
         NotImplementedError: Where a family cannot score points that it did not draw.
     """
     name = type(objective).__name__
+    check_order(f"{name}.loss(model, guide, *args)", model, guide)
     if not isinstance(guide, ProgramGuide):
         raise TypeError(
             f"{name} needs q of each group of latents as a distribution, which only guides of "
@@ -144,6 +146,7 @@ def own_guide(
         )
     if guide.model is not model and objective._is_first("program", model, guide):
         check_same_program(guide, model, args, kwargs)
+        check_follows(guide, model, args, kwargs)
     return guide
 
 

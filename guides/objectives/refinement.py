@@ -8,6 +8,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
+from guides.objectives.forward_kl import ForwardKL
 from guides.schemes.recording import Refined, recording
 
 __all__ = ["RefinementELBO"]
@@ -63,10 +64,27 @@ class RefinementELBO(ELBO):
         if objective is None:
             vectorized = vectorize_particles and num_particles > 1
             objective = Trace_ELBO(num_particles=num_particles, vectorize_particles=vectorized)
-        if not hasattr(objective, "differentiable_loss"):
+        if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
+            kind = objective.__name__ if isinstance(objective, type) else None
             raise TypeError(
                 "objective must have differentiable_loss, as Trace_ELBO and guides.objectives "
-                f"have; got {type(objective).__name__}."
+                + (
+                    f"have; got the class {kind}: pass an instance, {kind}()."
+                    if kind
+                    else "have; "
+                )
+                + ("" if kind else f"got {type(objective).__name__}.")
+            )
+        if isinstance(objective, (ForwardKL, RefinementELBO)):
+            fix = (
+                "Pass ForwardKL itself to SVI, which trains the refined q on simulations, or an "
+                "ELBO here: RefinementELBO(Trace_ELBO())."
+                if isinstance(objective, ForwardKL)
+                else "Pass the objective inside it."
+            )
+            raise TypeError(
+                "RefinementELBO adds the bounds of the earlier iterations to an ELBO of the last "
+                f"one, and {type(objective).__name__} is none. {fix}"
             )
         self.objective = objective
 

@@ -26,6 +26,7 @@ from guides.objectives.objective import (
     check_has_density,
 )
 from guides.objectives.packed_draws import draw_packed, joint_of
+from guides.pairs import check_follows, check_order
 from guides.probe import Program
 
 __all__ = ["Ratios", "Weighted", "check_rowwise"]
@@ -82,6 +83,7 @@ class Weighted(Objective):
             Those within the rows ``(num_outer, K, B)`` (``(num_outer, K, 1)`` where no latents
             are in the data plate), those above them ``(num_outer,)``, and the rows' scale N/B.
         """
+        check_order(f"{type(self).__name__}.loss(model, guide, *args)", model, guide)
         if not isinstance(guide, ProgramGuide):
             return self._any_guide(model, guide, args, kwargs)
         check_has_density(self, guide)
@@ -90,6 +92,7 @@ class Weighted(Objective):
         log_joint = ExposedLogJoint(model, args, kwargs, layout=draws.layout)
         if guide.model is not model and self._is_first("program", model, guide):
             check_same_program(guide, model, args, kwargs)
+            check_follows(guide, model, args, kwargs)
         if inner > 1 and self._is_first("rows", model, guide):
             first = {name: value[0] for name, value in draws.packed().items()}
             check_rowwise(self, log_joint, draws.layout.constrain(first))

@@ -69,15 +69,16 @@ class RowBound:
         self.shared_noise = shared_noise
         self.held = _held(group, call, self.log_joint)
 
-    def noise(self, like: Tensor) -> Tensor:
+    def noise(self, like: Tensor, num_particles: int | None = None) -> Tensor:
         """Fresh noise for every draw and row, ``(S, B, n)``, or ``(S, 1, n)`` if shared."""
         rows = 1 if self.shared_noise else like.shape[0]
-        half = self.family.noise(((self.num_particles + 1) // 2, rows), like)
-        if self.num_particles == 1 or not self.family.symmetric_noise:
-            rest = self.num_particles - half.shape[0]
+        count = self.num_particles if num_particles is None else num_particles
+        half = self.family.noise(((count + 1) // 2, rows), like)
+        if count == 1 or not self.family.symmetric_noise:
+            rest = count - half.shape[0]
             return torch.cat([half, self.family.noise((rest, rows), like)]) if rest else half
         # Antithetic pairs: what is linear in the noise cancels.
-        return torch.cat([half, -half])[: self.num_particles]
+        return torch.cat([half, -half])[:count]
 
     def log_joint_rows(self, packed: Tensor) -> Tensor:
         """Log joint ``(B,)`` of packed latents ``(B, K)``."""

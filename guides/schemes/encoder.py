@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from guides.arguments import check_widths
 from guides.encoders import Input, body, describe, read_inputs
 from guides.schemes.scheme import Call, Scheme
 from guides.sites import Group
@@ -89,7 +91,7 @@ class Encoder(Scheme):
             self._check(encoder, standardized, init)
             self.network = encoder
         else:
-            layers, width = body(self.sources, tuple(hidden), init)
+            layers, width = body(self.sources, check_widths("hidden", hidden), init)
             self.network = nn.Sequential(*layers, _head(width, init))
 
     def forward(self, group: Group, call: Call) -> Tensor:
@@ -137,14 +139,31 @@ class Encoder(Scheme):
         )
         return torch.cat([s.features(item, shift, scale) for s, item, shift, scale in parts], -1)
 
-    def _check(self, encoder: nn.Module, inputs: Tensor, init: Tensor) -> None:
-        with torch.no_grad():
-            lam = encoder(inputs)
-        if lam.shape != (inputs.shape[0], init.shape[0]):
-            raise ValueError(
-                f"encoder must map (B, {inputs.shape[1]}) to (B, {init.shape[0]}): the parameters "
-                f"of the family. Got {tuple(lam.shape)} for B={inputs.shape[0]}."
+    def _check(self, encoder: Any, inputs: Tensor, init: Tensor) -> None:
+        if not isinstance(encoder, nn.Module):
+            kind = "the class " if isinstance(encoder, type) else "a "
+            name = encoder.__name__ if isinstance(encoder, type) else type(encoder).__name__
+            raise TypeError(
+                "encoder must be a torch.nn.Module, whose parameters the guide can own; got "
+                f"{kind}{name}. For a perceptron of other widths pass hidden=."
             )
+        needed = (
+            f"encoder must map (B, {inputs.shape[1]}) to (B, {init.shape[0]}): the flat, "
+            f"standardized inputs of a row, as {inputs.dtype}, to the parameters of the family."
+        )
+        try:
+            with torch.no_grad():
+                lam = encoder(inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise ValueError(
+                f"{needed} On inputs of shape {tuple(inputs.shape)} it raised "
+                f"{type(error).__name__}: {line}. For images begin with nn.Unflatten(1, shape)."
+            ) from error
+        if not isinstance(lam, Tensor):
+            raise TypeError(f"{needed} Got a {type(lam).__name__} in place of a tensor.")
+        if lam.shape != (inputs.shape[0], init.shape[0]):
+            raise ValueError(f"{needed} Got {tuple(lam.shape)} for B={inputs.shape[0]}.")
 
     def extra_repr(self) -> str:
         """What the network reads."""

@@ -20,21 +20,39 @@ from guides.supports import unwrap
 
 __all__ = ["LaplaceRefinement", "row_hessian"]
 
-_FACTORS = (1.0, 0.5, 0.25, 0.0625, 0.0)
+# Steps that are tried, besides none and the full one: a longer one, for energies that grow faster
+# than their quadratic model, and steps limited to these multiples of the row's trust radius.
+_LONGER = 4.0
+_RADII = (4.0, 2.0, 1.0, 0.5, 0.25)
+# The first radius, in standard deviations of the Gaussian with the curvature, and what it shrinks
+# by where no step was good: below the smallest radius that was tried.
+_RADIUS = 4.0
+_SHRINK = 256.0
 
 
 class LaplaceRefinement(Refinement):
     """An encoder, then Newton steps to the mode; q is the Gaussian with the curvature there.
 
         u_0     = location of encoder(x)
-        H_t     = curvature of -log p(x, z(u)) |dz/du| at u_t
-        u_{t+1} = u_t + f H_t^-1 g_t         f in {1, 1/2, 1/4, 1/16, 0}, the best for the row
-        q(u)    = Normal(u_T, H_T^-1)        or its best mean-field member, or its mode
+        H_t     = curvature of -log p(x, z(u)) |dz/du| at u_t,  C_t C_t' = H_t^-1
+        w       = C_t' g_t                                   the Newton step, in units of C_t
+        u_{t+1} = u_t + C_t limit(w)                         the best of a few limits for the row
+        q(u)    = Normal(u_T, H_T^-1)         or its best mean-field member, or its mode
+
+    A full step is taken wherever it is best: for a linear Gaussian program one step is exact.
+    Where the quadratic model misleads, as for counts with an exponential rate, every coordinate
+    of ``w`` is limited on its own to a trust radius, in standard deviations of the Gaussian with
+    the curvature. Every row has its own radius, which follows the steps that were good and
+    shrinks where none was, so every row goes up until it is at a mode. Poisson counts of up to
+    some thousands arrive there from the prior's center in four to eight steps.
 
     With the Gauss-Newton curvature an observed site contributes the Fisher information of its
     distribution and a Normal latent the square of its standardized error's Jacobian, which is
     positive semidefinite whatever the networks between; other latent sites contribute their
-    exact Hessian. For a linear Gaussian program one step is exact.
+    exact Hessian.
+
+    A row whose gradient or curvature leaves the range of numbers is held at its last point within,
+    with the curvature there; if there never was one it keeps the q that it started with.
 
     The refined parameters are numbers: no gradient reaches the encoder through them. It learns
     from its own bound, with :class:`guides.objectives.RefinementELBO`.
@@ -49,7 +67,7 @@ class LaplaceRefinement(Refinement):
         call: The call that built the guide.
         num_iterations: Newton steps T.
         curvature: ``"gauss_newton"`` or ``"exact"``; an exact Hessian that is indefinite has its
-            eigenvalues replaced by their absolute values.
+            eigenvalues, in units of its diagonal, replaced by their absolute values.
         hidden: Widths of the encoder.
         **options: See :class:`guides.schemes.refinement.Refinement`.
     """
@@ -60,7 +78,7 @@ class LaplaceRefinement(Refinement):
         group: Group,
         call: Call,
         *,
-        num_iterations: int = 4,
+        num_iterations: int = 8,
         curvature: str = "gauss_newton",
         eval_iterations: int | None = None,
         tolerance: float = 0.0,
@@ -99,34 +117,83 @@ class LaplaceRefinement(Refinement):
                 own = bound.gradient(fixed, bound.noise(fixed))
                 iterates = (Iterate(lam, own.lam),)
                 record.append(Refined(group.name, bound.family, call.layout.scale, iterates, 1.0))
-            state = {"lam": bound.family.location(fixed)}
-            loc = self.iterate(state, self._step, group, call, bound)["lam"]
-            precision = self.precision(bound, loc)
-            return bound.family.of_gaussian(loc, _scale_tril(precision))
+            u = bound.family.location(fixed)
+            start = _start(u)
+            state = self.iterate(start, self._step, group, call, bound)
+            spread, finite = self.spread(bound, state["lam"])
+            arrived = finite & torch.isfinite(state["value"])
+            loc = torch.where(arrived.unsqueeze(-1), state["lam"], state["held"])
+            spread = torch.where(arrived[:, None, None], spread, state["spread"])
+            found = bound.family.of_gaussian(loc, _scale_tril(spread))
+            return torch.where((arrived | state["known"]).unsqueeze(-1), found, fixed)
 
     def _step(self, t: int, state: State, bound: RowBound, rows: Tensor | None) -> State:
-        u = state["lam"]
+        u, radius = state["lam"], state["radius"]
         gradient = torch.func.grad(lambda u: bound.log_joint_rows(u).sum())(u)
-        precision = self.precision(bound, u)
-        step = torch.linalg.solve(precision, gradient.unsqueeze(-1)).squeeze(-1)
-        trials = torch.stack([u + factor * step for factor in _FACTORS])  # (F, B, K)
+        spread, finite = self.spread(bound, u)
+        finite = finite & torch.isfinite(gradient).all(-1)
+        gradient = torch.where(finite.unsqueeze(-1), gradient, 0.0)
+        whitened = (spread.mT @ gradient.unsqueeze(-1)).squeeze(-1)
+        limits = [(radius * multiple).unsqueeze(-1) for multiple in _RADII]
+        steps = [torch.zeros_like(whitened), whitened, _LONGER * whitened]
+        steps += [whitened.clamp(-limit, limit) for limit in limits]
+        trials = u + (spread @ torch.stack(steps).unsqueeze(-1)).squeeze(-1)  # (F, B, K)
         values = bound.over(bound.log_joint_rows, trials)
         values = torch.where(torch.isfinite(values), values, -torch.inf)
-        best = values.argmax(0)
-        return {"lam": trials[best, torch.arange(len(u), device=u.device)]}
+        highest, best = values.max(0)
+        # What rounding hides, the full step still knows: near the mode it is the better one.
+        slack = 8 * torch.finfo(values.dtype).eps * (1 + highest.abs())
+        full = torch.isfinite(values[1]) & (values[1] >= highest - slack)
+        best = torch.where(full, 1, torch.where(torch.isfinite(highest), best, 0))
+        refused = finite & (best == 0)
+        # Neither the full step nor a longer one says anything about the radius.
+        multiples = radius.new_tensor([1.0 / _SHRINK, 1.0, 1.0, *_RADII])
+        known = finite & torch.isfinite(values[0])
+        position = best.unsqueeze(0)
+        return {
+            "lam": trials.gather(0, position.unsqueeze(-1).expand(1, *u.shape)).squeeze(0),
+            "value": values.gather(0, position).squeeze(0),
+            "radius": radius * torch.where(finite, multiples[best], 1.0),
+            "refused": refused,
+            "known": state["known"] | known,
+            "held": torch.where(known.unsqueeze(-1), u, state["held"]),
+            "spread": torch.where(known[:, None, None], spread, state["spread"]),
+        }
 
-    def precision(self, bound: RowBound, u: Tensor) -> Tensor:
-        """Curvature of the rows' energies at packed latents, ``(B, K, K)``, positive definite."""
+    def spread(self, bound: RowBound, u: Tensor) -> tuple[Tensor, Tensor]:
+        """A root C of the inverse curvature of the rows' energies, ``C C' = H^-1``.
+
+        Args:
+            bound: The bound.
+            u: Packed latents ``(B, K)``.
+
+        Returns:
+            The roots ``(B, K, K)``, not triangular, and the rows whose curvature is finite
+            ``(B,)``; the others get an identity.
+        """
+        matrix = self.hessian(bound, u)
+        finite = torch.isfinite(matrix).flatten(1).all(-1)
+        eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+        matrix = torch.where(finite[:, None, None], matrix, eye)
+        # In units of its diagonal: then latents of far different scales cost no digits.
+        eps = torch.finfo(u.dtype).eps
+        size = torch.maximum(
+            matrix.diagonal(dim1=-2, dim2=-1).abs(), eps**0.5 * matrix.abs().amax(-1)
+        )
+        unit = torch.where(size > 0, size, 1.0).sqrt()
+        values, vectors = torch.linalg.eigh(matrix / unit.unsqueeze(-1) / unit.unsqueeze(-2))
+        largest = values.abs().amax(-1, keepdim=True)
+        floor = 10 * eps * torch.where(largest > 0, largest, 1.0)
+        values = torch.maximum(values.abs(), floor)
+        return vectors * values.rsqrt().unsqueeze(-2) / unit.unsqueeze(-1), finite
+
+    def hessian(self, bound: RowBound, u: Tensor) -> Tensor:
+        """Curvature of the rows' energies at latents ``(B, K)``: symmetric, ``(B, K, K)``."""
         if self.curvature == "exact":
             matrix = row_hessian(lambda v: -bound.log_joint_rows(v), u)
         else:
             matrix = row_hessian(_gauss_newton(bound, u), u)
-        matrix = 0.5 * (matrix + matrix.mT)
-        values, vectors = torch.linalg.eigh(matrix)
-        largest = values.abs().amax(-1, keepdim=True)
-        floor = 10 * torch.finfo(u.dtype).eps * largest
-        values = torch.maximum(values.abs(), floor)
-        return (vectors * values.unsqueeze(-2)) @ vectors.mT
+        return 0.5 * (matrix + matrix.mT)
 
     def extra_repr(self) -> str:
         """Steps and curvature."""
@@ -195,9 +262,24 @@ def _gauss_newton(bound: RowBound, u: Tensor) -> Callable[[Tensor], Tensor]:
     return function
 
 
-def _scale_tril(precision: Tensor) -> Tensor:
-    """Cholesky factor of the inverse, without forming the inverse."""
-    flipped = torch.linalg.cholesky(precision.flip(-2, -1))
-    upper = flipped.flip(-2, -1).mT  # precision = upper^T upper with upper lower-triangular
-    identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
-    return torch.linalg.solve_triangular(upper, identity.expand_as(precision), upper=False)
+def _start(u: Tensor) -> State:
+    """The state of rows before any step."""
+    num_rows, size = u.shape
+    no = torch.zeros(num_rows, dtype=torch.bool, device=u.device)
+    return {
+        "lam": u,
+        "value": torch.full_like(u[:, 0], -torch.inf),
+        "radius": torch.full_like(u[:, 0], _RADIUS),
+        "refused": no,
+        # The last point where everything was finite, if there was one.
+        "known": no,
+        "held": u,
+        "spread": torch.eye(size, dtype=u.dtype, device=u.device).repeat(num_rows, 1, 1),
+    }
+
+
+def _scale_tril(spread: Tensor) -> Tensor:
+    """Cholesky factor of ``C C'``, without forming the product."""
+    upper = torch.linalg.qr(spread.mT).R
+    sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
+    return (sign.unsqueeze(-1) * upper).mT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from guides.capturing import is_capturing
 from guides.schemes.scheme import Call, Scheme
 from guides.sites import Group
 
@@ -53,7 +54,9 @@ class Local(Scheme):
         if plate.index is None:
             return self.table
         index = plate.index.to(self.table.device)
-        if index.numel() and (int(index.max()) >= num_fitted or int(index.min()) < 0):
+        if is_capturing() or not index.numel():
+            return self.table[index]
+        if int(index.max()) >= num_fitted or int(index.min()) < 0:
             raise ValueError(
                 f"Row numbers must be in 0 .. {num_fitted - 1}, got {int(index.min())} .. "
                 f"{int(index.max())}. {fix}"

@@ -10,14 +10,16 @@ and in evaluation, and when a row is done.
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from guides.arguments import check_number
 from guides.energy import LogJoint
-from guides.families.family import Family
+from guides.families.family import Family, inverse_positive, positive
 from guides.rows import take_rows
 from guides.schemes.bound import RowBound
 from guides.schemes.encoder import Encoder
@@ -26,8 +28,14 @@ from guides.sites import Group
 
 __all__ = ["Refinement", "State"]
 
+# Draws of the prior from which its width is read once.
+_NUM_DRAWS = 64
+
 State = dict[str, Tensor]
-"""What an update carries from one iteration to the next, all ``(B, ...)``; ``lam`` among it."""
+"""What an update carries from one iteration to the next, all ``(B, ...)``; ``lam`` among it.
+
+Rows where ``refused`` is true have not moved, but will try again.
+"""
 
 
 class Refinement(Scheme):
@@ -45,6 +53,9 @@ class Refinement(Scheme):
         tolerance: A row stops when no parameter moves by more than this; zero for never.
         start: ``"encoder"`` or ``"prior"``: where the model's own predictions put the latents,
             plus a learned offset shared by all rows.
+        start_scale: Scale of q at the prior start: ``"family"``, which is ``init_scale``, or
+            ``"prior"``, where the offset begins such that q is as wide as the prior around its
+            predictions. Families without a scale start as they are.
         data_args: See :func:`guides.rows.data_args_of`. Where the model's attribute or this
             states it, rows that have stopped are dropped from the computation; otherwise they
             are only held.
@@ -55,6 +66,7 @@ class Refinement(Scheme):
     """
 
     amortized = True
+    reads_model = True
 
     def __init__(
         self,
@@ -68,6 +80,7 @@ class Refinement(Scheme):
         shared_noise: bool = False,
         tolerance: float = 0.0,
         start: str = "encoder",
+        start_scale: str = "family",
         data_args: Mapping[str, int] | None = None,
         inputs: Callable[..., Tensor] | Sequence[str] | None = None,
         encoder: nn.Module | None = None,
@@ -75,8 +88,22 @@ class Refinement(Scheme):
         features: str | Mapping[str, str] = "auto",
     ) -> None:
         super().__init__()
+        if start_scale not in ("family", "prior"):
+            raise ValueError(f'start_scale must be "family" or "prior", got {start_scale!r}.')
         if start not in ("encoder", "prior"):
             raise ValueError(f'start must be "encoder" or "prior", got {start!r}.')
+        for name, count in (
+            ("num_iterations", num_iterations),
+            ("num_particles", num_particles),
+            ("eval_iterations", 0 if eval_iterations is None else eval_iterations),
+        ):
+            check_number(name, count, integer=True)
+        check_number("tolerance", tolerance)
+        if data_args is not None and not isinstance(data_args, Mapping):
+            raise TypeError(
+                "data_args must map names of arguments to the axis of their rows, "
+                f'{{"x": 0}}, got {data_args!r}.'
+            )
         if num_iterations < 1 or num_particles < 1 or tolerance < 0:
             raise ValueError(
                 "num_iterations and num_particles must be at least 1 and tolerance at least 0, "
@@ -99,8 +126,30 @@ class Refinement(Scheme):
         else:
             self.offset = nn.Parameter(torch.zeros_like(init))
         log_joint = LogJoint(call.model, call.args, call.kwargs, layout=call.layout)
+        if start == "prior" and start_scale == "prior" and call.guide is not None:
+            family = cast(Family, call.guide.families[group.name])
+            if family.has_scale:
+                with torch.no_grad():
+                    self.offset.copy_(_to_prior_scale(family, init, group, log_joint))
         jacobian = bool(call.guide and call.guide.jacobian)
         _check_rows(group, log_joint, jacobian)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of its constructor that are numbers, switches or words, as they are now."""
+        names = inspect.signature(type(self).__init__).parameters
+        values = {name: vars(self)[name] for name in names if name in vars(self)}
+        plain = (bool, int, float, str, type(None))
+        return {name: value for name, value in values.items() if type(value) in plain}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check the settings of the iterations, whenever they are set."""
+        least = {"num_iterations": 1, "num_particles": 1, "eval_iterations": 0}.get(name)
+        if least is not None and not (name == "eval_iterations" and value is None):
+            check_number(name, value, integer=True, least=least)
+        elif name == "tolerance":
+            check_number(name, value, least=0)
+        super().__setattr__(name, value)
 
     @property
     def iterations(self) -> int:
@@ -171,7 +220,11 @@ class Refinement(Scheme):
                 key: torch.where(_column(moving, value), new[key], value)
                 for key, value in state.items()
             }
-            moving = moving & (change > self.tolerance)
+            going = change > self.tolerance
+            if "refused" in new:
+                # A step that was too long is no sign of having arrived.
+                going = going | new["refused"]
+            moving = moving & going
             if not bool(moving.any()):
                 break
             if self._droppable(call) and int(moving.sum()) <= len(moving) // 2:
@@ -212,6 +265,33 @@ def _put(done: State, state: State, rows: Tensor | None) -> State:
     return {key: value.index_copy(0, rows, state[key]) for key, value in done.items()}
 
 
+def _to_prior_scale(family: Family, init: Tensor, group: Group, log_joint: LogJoint) -> Tensor:
+    """What to add to the parameters, so that q is as wide as the prior around its predictions."""
+    fns = log_joint.run(log_joint.predictions(), density=False).fns
+    try:
+        draws = torch.stack(
+            [
+                group.pack({site.name: fns[site.name].sample() for site in group.sites})
+                for _ in range(_NUM_DRAWS)
+            ]
+        )
+    except NotImplementedError:
+        # An improper prior has no draws, and no width.
+        return torch.zeros_like(init)
+    prior = _spread(draws).mean(0)
+    own, _ = family.push(init, family.noise((8 * _NUM_DRAWS,), init))
+    size = family.size
+    raw = init[size : 2 * size]
+    wanted = inverse_positive(positive(raw) * prior / _spread(own))
+    moved = torch.where(wanted.isfinite() & (prior > 0), wanted, raw) - raw
+    return torch.cat([torch.zeros_like(moved), moved, torch.zeros_like(init[2 * size :])])
+
+
+def _spread(draws: Tensor) -> Tensor:
+    """Standard deviation over the first dimension, by the median: heavy tails have one, too."""
+    return 1.4826 * (draws - draws.median(0).values).abs().median(0).values
+
+
 def _check_rows(group: Group, log_joint: LogJoint, jacobian: bool) -> None:
     packed: dict[str, Any] = log_joint.layout.pack(log_joint.predictions())
 
@@ -226,7 +306,8 @@ def _check_rows(group: Group, log_joint: LogJoint, jacobian: bool) -> None:
         point = local + 0.1 * torch.sin(steps).reshape(local.shape)
         first = torch.func.grad(lambda v: others(v)[0])(point)
         outside = torch.func.grad(lambda v: others(v)[1])(point)
-    if bool((first[1:] != 0).any()) or bool((outside != 0).any()):
+    # Where a gradient is out of the range of numbers it says nothing about other rows.
+    if any(bool((part.nan_to_num(0.0) != 0).any()) for part in (first[1:], outside)):
         raise ValueError(
             f"Rows of plate {log_joint.layout.data_plate.name!r} are coupled: the latents of one "  # type: ignore[union-attr]
             "row reach another row, or a site outside the plate (batch normalization does so, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from guides.arguments import did_you_mean
 from guides.layout import Layout
 from guides.probe import Program
 from guides.sites import Group
@@ -68,6 +69,28 @@ class Scheme(nn.Module, abc.ABC):
     order: str | None = None
     """How the latents of the data plate are split into groups, one a site, for schemes that
     represent the dependence between them: ``"program"``, ``"reversed"``; None for one group."""
+
+    reads_model: bool = False
+    """Whether q follows from the program itself, and not from its data alone."""
+
+    _built: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What may be changed after construction, as it is now; :func:`guides.save` keeps it."""
+        return {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse new numbers, switches and strings once the guide is built: they are typos."""
+        plain = isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+        if plain and self._built and not hasattr(self, name):
+            known = [key for key in vars(self) if not key.startswith("_")]
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}, so setting it would change "
+                f"nothing. {did_you_mean(name, known)}Its settings: "
+                f"{', '.join(self.settings) or 'none'}."
+            )
+        super().__setattr__(name, value)
 
     @abc.abstractmethod
     def forward(self, group: Group, call: Call) -> Tensor:

@@ -66,6 +66,7 @@ class TopDown(Scheme):
     """
 
     amortized = True
+    reads_model = True
     order = "program"
 
     def __init__(

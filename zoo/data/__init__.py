@@ -8,6 +8,7 @@ source, the content is checked against its checksum.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,11 @@ def load(name: str, **options: Any) -> Dataset:
         torch.Size([1437, 64])
     """
     if name not in DATASETS:
-        raise ValueError(f"Unknown data set {name!r}. Available data sets: {', '.join(DATASETS)}.")
+        close = difflib.get_close_matches(str(name), DATASETS, 1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"Unknown data set {name!r}. {hint}Available data sets: {', '.join(DATASETS)}."
+        )
     module, _, attribute = DATASETS[name].partition(":")
     dataset: Dataset = getattr(importlib.import_module(module), attribute)(**options)
     return dataset

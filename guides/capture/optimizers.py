@@ -1,0 +1,217 @@
+"""Updates of torch's optimizers as pure formulas, on the very state that the optimizers keep.
+
+    parameter, *state = update(parameter, gradient, *state, *coefficients)
+
+Numbers that change from step to step (learning rates, bias corrections) are worked out in Python,
+in double precision as the optimizers do, and enter as a small table. The state tensors are those
+of the optimizer itself, changed in place, so that ordinary steps can go on from them.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor
+
+__all__ = ["Rule", "optimizer_of", "rule_of"]
+
+
+class Rule(abc.ABC):
+    """The update of one parameter.
+
+    Args:
+        optimizer: Its optimizer, which has that parameter alone.
+        parameter: The parameter.
+    """
+
+    options: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        self.optimizer = optimizer
+        self.parameter = parameter
+        self.group = optimizer.param_groups[0]
+        self.state = optimizer.state[parameter]
+        self.fixed = tuple(self.group[name] for name in self.options)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What the formula depends on: another signature needs another graph."""
+        return (type(self).__name__, *(self.group[name] for name in self.options))
+
+    @abc.abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """The state that the update reads and writes; made where there is none yet."""
+
+    @abc.abstractmethod
+    def coefficients(self, num_steps: int) -> list[list[float]]:
+        """The numbers of the next steps, one list a step. Changes nothing."""
+
+    @abc.abstractmethod
+    def advance(self, num_steps: int) -> None:
+        """Note that steps were made."""
+
+    @abc.abstractmethod
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: Sequence[Tensor], numbers: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The parameter and its state after a step; ``numbers`` are one step's coefficients."""
+
+
+class _Adam(Rule):
+    """``torch.optim.Adam`` and ``AdamW``."""
+
+    options = ("betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+
+    def tensors(self) -> list[Tensor]:
+        if not self.state:
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+            self.state["step"] = torch.tensor(0.0, dtype=dtype)
+            self.state["exp_avg"] = torch.zeros_like(self.parameter)
+            self.state["exp_avg_sq"] = torch.zeros_like(self.parameter)
+        return [self.state["exp_avg"], self.state["exp_avg_sq"]]
+
+    def coefficients(self, num_steps: int) -> list[list[float]]:
+        done = float(self.state["step"])
+        beta1, beta2 = self.group["betas"]
+        lr = float(self.group["lr"])
+        return [
+            [
+                lr / (1 - beta1 ** (done + i)),
+                math.sqrt(1 - beta2 ** (done + i)),
+                1 - lr * self.group["weight_decay"],
+            ]
+            for i in range(1, num_steps + 1)
+        ]
+
+    def advance(self, num_steps: int) -> None:
+        self.state["step"] += num_steps
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: Sequence[Tensor], numbers: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        (beta1, beta2), eps, decay, maximize, decoupled = self.fixed
+        gradient = -gradient if maximize else gradient
+        if decay and decoupled:
+            parameter = parameter * numbers[2]
+        elif decay:
+            gradient = gradient + decay * parameter
+        mean, square = state
+        mean = mean + (1 - beta1) * (gradient - mean)
+        square = square * beta2 + (1 - beta2) * gradient * gradient
+        parameter = parameter - numbers[0] * (mean / (square.sqrt() / numbers[1] + eps))
+        return parameter, [mean, square]
+
+
+class _ClippedAdam(Rule):
+    """``pyro.optim.ClippedAdam``."""
+
+    options = ("betas", "eps", "weight_decay", "clip_norm", "centered_variance")
+
+    def tensors(self) -> list[Tensor]:
+        if not self.state:
+            self.state["step"] = 0
+            self.state["exp_avg"] = torch.zeros_like(self.parameter)
+            self.state["exp_avg_sq"] = torch.zeros_like(self.parameter)
+        return [self.state["exp_avg"], self.state["exp_avg_sq"]]
+
+    def coefficients(self, num_steps: int) -> list[list[float]]:
+        beta1, beta2 = self.group["betas"]
+        rows, lr = [], self.group["lr"]
+        for i in range(self.state["step"] + 1, self.state["step"] + num_steps + 1):
+            lr *= self.group["lrd"]
+            rows.append([lr * math.sqrt(1 - beta2**i) / (1 - beta1**i)])
+        return rows
+
+    def advance(self, num_steps: int) -> None:
+        self.state["step"] += num_steps
+        for _ in range(num_steps):
+            self.group["lr"] *= self.group["lrd"]
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: Sequence[Tensor], numbers: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        (beta1, beta2), eps, decay, clip, centered = self.fixed
+        gradient = gradient.clamp(-clip, clip)
+        if decay:
+            gradient = gradient + decay * parameter
+        mean, square = state
+        mean = mean * beta1 + (1 - beta1) * gradient
+        deviation = gradient - mean if centered else gradient
+        square = square * beta2 + (1 - beta2) * deviation * deviation
+        return parameter - numbers[0] * (mean / (square.sqrt() + eps)), [mean, square]
+
+
+class _SGD(Rule):
+    """``torch.optim.SGD``, with momentum or without."""
+
+    options = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+    def tensors(self) -> list[Tensor]:
+        if not self.fixed[0]:
+            return []
+        if self.state.get("momentum_buffer") is None:
+            self.state["momentum_buffer"] = torch.zeros_like(self.parameter)
+            # torch fills the buffer with the first gradient, undampened.
+            self.state["_fresh"] = True
+        return [self.state["momentum_buffer"]]
+
+    def coefficients(self, num_steps: int) -> list[list[float]]:
+        fresh = bool(self.state.get("_fresh", False))
+        dampening = self.group["dampening"]
+        lr = float(self.group["lr"])
+        return [[lr, 1.0 if fresh and i == 0 else 1.0 - dampening] for i in range(num_steps)]
+
+    def advance(self, num_steps: int) -> None:
+        self.state.pop("_fresh", None)
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: Sequence[Tensor], numbers: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        momentum, _, decay, nesterov, maximize = self.fixed
+        gradient = -gradient if maximize else gradient
+        if decay:
+            gradient = gradient + decay * parameter
+        if not state:
+            return parameter - numbers[0] * gradient, []
+        buffer = momentum * state[0] + numbers[1] * gradient
+        direction = gradient + momentum * buffer if nesterov else buffer
+        return parameter - numbers[0] * direction, [buffer]
+
+
+_RULES: dict[type, type[Rule]] = {
+    torch.optim.Adam: _Adam,
+    torch.optim.AdamW: _Adam,
+    ClippedAdam: _ClippedAdam,
+    torch.optim.SGD: _SGD,
+}
+
+
+def optimizer_of(optim: PyroOptim, parameter: Tensor) -> torch.optim.Optimizer:
+    """The torch optimizer that Pyro keeps for a parameter, made as Pyro makes it."""
+    if parameter not in optim.optim_objs:
+        # With no gradient there is nothing to update, but the optimizer gets made and restored.
+        kept, parameter.grad = parameter.grad, None
+        optim([parameter])
+        parameter.grad = kept
+    return optim.optim_objs[parameter]
+
+
+def rule_of(optim: PyroOptim, parameter: Tensor) -> Rule | str:
+    """The formula of a parameter's optimizer, or why it has none."""
+    optimizer: Any = optimizer_of(optim, parameter)
+    if optim.grad_clip.get(parameter) is not None:
+        return "clip_args clips gradients outside the optimizer"
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    found = _RULES.get(type(optimizer))
+    if found is None:
+        return f"optimizer {type(optimizer).__name__} has no formula here"
+    group = optimizer.param_groups[0]
+    if group.get("amsgrad") or isinstance(group["lr"], Tensor):
+        return "amsgrad, or a learning rate that is a tensor"
+    return found(optimizer, parameter)

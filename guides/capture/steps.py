@@ -1,0 +1,257 @@
+"""Several optimizer steps in one graph, and what runs it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guides.capture.graph import CaptureError, Graph, share_equal_terms, trace
+from guides.capture.optimizers import Rule
+from guides.capture.restarts import Stack
+
+__all__ = ["MODES", "Steps", "choose_mode", "compiler_missing", "lower"]
+
+MODES = ("auto", "inductor", "graph", "eager")
+
+
+def compiler_missing() -> str | None:
+    """Why nothing can be compiled on this machine, None where it can."""
+    from torch._inductor import config
+
+    candidates = config.cpp.cxx
+    names = [candidates] if isinstance(candidates, str) else [c for c in candidates if c]
+    if any(shutil.which(name) for name in (*names, "g++", "clang++", "c++")):
+        return None
+    return "there is no C++ compiler (install g++ or clang++, or set CXX)"
+
+
+def choose_mode(mode: str) -> tuple[str, str | None]:
+    """The mode that is possible here, and why it is not the one that was asked for.
+
+    Raises:
+        ValueError: For an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if mode not in ("auto", "inductor"):
+        return mode, None
+    missing = compiler_missing()
+    if missing is None:
+        return "inductor", None
+    reason = f"{missing}; captured graphs run without being compiled"
+    if mode == "inductor":
+        warnings.warn(f"Nothing can be compiled: {reason}.", UserWarning, stacklevel=3)
+    return "graph", reason
+
+
+def lower(
+    function: Callable[..., Any], inputs: Sequence[Tensor], mode: str
+) -> Callable[..., Sequence[Tensor]]:
+    """What runs a function of tensors: its graph, or the compiled graph.
+
+    Args:
+        function: A pure function of tensors, which may write into its inputs at the end.
+        inputs: Example inputs; they are not changed.
+        mode: ``"graph"`` or ``"inductor"``.
+    """
+    with torch.no_grad():
+        copies = [value.detach().clone() for value in inputs]
+        module = trace(function, copies)
+        share_equal_terms(module.graph)
+        module.recompile()
+        if mode == "graph":
+            return module
+        from torch._inductor import compile as compile_graph
+        from torch._inductor import config
+
+        with config.patch({"fallback_random": True}):
+            return compile_graph(module, [value.detach().clone() for value in inputs])
+
+
+@dataclass
+class Steps:
+    """Optimizer steps of a captured loss, several a call.
+
+    Args:
+        graph: The captured loss and gradients.
+        rules: The update of every learning parameter.
+        parameters: All parameters, in the order of the graph.
+        num_steps: Steps a call; 0 for gradients alone.
+        mode: ``"graph"`` or ``"inductor"``.
+        stack: Parameters and states of several runs, which are made all at once.
+    """
+
+    graph: Graph
+    rules: list[Rule]
+    parameters: list[Tensor]
+    num_steps: int
+    mode: str
+    stack: Stack | None = None
+    seconds: float = 0.0
+    _run: Callable[..., Sequence[Tensor]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.learning = [self.parameters[i] for i in self.graph.learning]
+        self.fixed = [
+            p for i, p in enumerate(self.parameters) if i not in set(self.graph.learning)
+        ]
+        self.state = [rule.tensors() for rule in self.rules]
+        if self.stack is not None:
+            # Before any noise is drawn, so that runs of one seed differ by their jitter alone.
+            for parameter in self.learning:
+                self.stack.parameter(parameter)
+        self.signature = self._signature()
+        # Parameters whose coefficients agree now agree forever: the same formula, options and
+        # number of steps made.
+        self._table: list[int] = []
+        self._leaders: list[Rule] = []
+        known: dict[Any, int] = {}
+        for rule in self.rules:
+            key = (
+                rule.signature,
+                rule.group["lr"],
+                str(rule.coefficients(1)),
+                rule.parameter.dtype,
+            )
+            if key not in known:
+                known[key] = len(self._leaders)
+                self._leaders.append(rule)
+            self._table.append(known[key])
+
+    def _signature(self) -> tuple[Any, ...]:
+        return tuple((rule.signature, rule.group["lr"]) for rule in self.rules)
+
+    def is_current(self) -> bool:
+        """Whether the optimizers are still those that the graph was made for."""
+        lead = {id(rule): rule.group["lr"] for rule in self._leaders}
+        return all(
+            rule.group["lr"] == lead[id(self._leaders[place])] and rule.fixed == rule.signature[1:]
+            for rule, place in zip(self.rules, self._table, strict=True)
+        )
+
+    def _function(self, *inputs: Tensor) -> list[Tensor]:
+        sizes = [len(state) for state in self.state]
+        learning, fixed, flat, numbers, data, noise = _split(
+            inputs,
+            len(self.learning),
+            len(self.fixed),
+            sum(sizes),
+            len(self._leaders),
+            self.graph.num_data,
+        )
+        order = list(self.graph.learning)
+        state, start = [], 0
+        for size in sizes:
+            state.append(list(flat[start : start + size]))
+            start += size
+        evaluate: Callable[..., Any] = self.graph.module
+        if self.stack is not None:
+            dims = [0 if i in set(order) else None for i in range(len(self.parameters))]
+            evaluate = torch.func.vmap(
+                self.graph.module,
+                in_dims=(*dims, *(None for _ in data), *(0 for _ in self.graph.draws)),
+            )
+        current = list(learning)
+        losses: list[Tensor] = []
+        extras: list[Tensor] = []
+        per_step = len(self.graph.draws)
+        for i in range(self.num_steps):
+            parameters: list[Any] = [None] * len(self.parameters)
+            for place, value in zip(order, current, strict=True):
+                parameters[place] = value
+            rest = iter(fixed)
+            parameters = [next(rest) if value is None else value for value in parameters]
+            own = noise[i * per_step : (i + 1) * per_step]
+            loss, *results = evaluate(*parameters, *data, *own)
+            grads, extras = results[: len(order)], results[len(order) :]
+            losses.append(loss)
+            for j, (rule, grad) in enumerate(zip(self.rules, grads, strict=True)):
+                row = numbers[self._table[j]][i]
+                current[j], state[j] = rule.update(current[j], grad, state[j], row)
+        for before, after in zip(learning, current, strict=True):
+            before.copy_(after)
+        for before, after in zip(flat, [t for own in state for t in own], strict=True):
+            before.copy_(after)
+        return [torch.stack(losses), *extras]
+
+    def _all(self, *inputs: Tensor) -> list[Tensor]:
+        return list(self.graph.module(*inputs))
+
+    def _numbers(self) -> list[Tensor]:
+        return [
+            torch.tensor(
+                rule.coefficients(self.num_steps),
+                dtype=rule.parameter.dtype,
+                device=rule.parameter.device,
+            )
+            for rule in self._leaders
+        ]
+
+    def _inputs(self, data: Sequence[Tensor], noise: Sequence[Tensor]) -> list[Tensor]:
+        flat = [tensor for state in self.state for tensor in state]
+        learning = [parameter.detach() for parameter in self.learning]
+        if self.stack is not None:
+            flat = [self.stack.state(tensor) for tensor in flat]
+            learning = [self.stack.parameter(parameter) for parameter in self.learning]
+        fixed = [parameter.detach() for parameter in self.fixed]
+        return [*learning, *fixed, *flat, *self._numbers(), *data, *noise]
+
+    def _noise(self) -> list[Tensor]:
+        left = () if self.stack is None else (self.stack.num_restarts,)
+        return [draw(*left) for _ in range(self.num_steps) for draw in self.graph.draws]
+
+    def _prepare(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+        start = time.perf_counter()
+        try:
+            self._run = lower(function, inputs, self.mode)
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise CaptureError(f"building its steps raised {first}") from error
+        if self.mode == "inductor":
+            # The first call loads what was compiled; it must change nothing.
+            with torch.no_grad(), torch.random.fork_rng(_devices()):
+                self._run(*(value.clone() for value in inputs))
+        self.seconds = time.perf_counter() - start
+
+    def __call__(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Make the steps; returns the losses before each of them, and the extras of the last."""
+        inputs = self._inputs(data, self._noise())
+        if self._run is None:
+            self._prepare(self._function, inputs)
+        assert self._run is not None
+        with torch.no_grad():
+            losses, *extras = self._run(*inputs)
+        for rule in self.rules:
+            rule.advance(self.num_steps)
+        return losses, extras
+
+    def gradients(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The loss, its gradients and the extras, without a step."""
+        values = [parameter.detach() for parameter in self.parameters]
+        inputs = [*values, *data, *self.graph.noise()]
+        if self._run is None:
+            self._prepare(self._all, inputs)
+        assert self._run is not None
+        with torch.no_grad():
+            loss, *results = self._run(*inputs)
+        count = len(self.graph.learning)
+        return loss, list(results[:count]), list(results[count:])
+
+
+def _devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+def _split(values: Sequence[Tensor], *sizes: int) -> list[Sequence[Tensor]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(values[start : start + size])
+        start += size
+    return [*parts, values[start:]]

@@ -1,0 +1,542 @@
+"""Compiled steps: the same losses, parameters and random numbers as the eager program."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
+
+import guides
+from guides.capture import steps as capture_steps
+from guides.inference import SVI, CompiledSVI
+from guides.objectives import IWELBO, STL, AnalyticELBO, DReG, RefinementELBO, Renyi
+from tests.cases import CORE_GUIDES, GUIDE_CASES, TWO_LEVELS
+from tests.model_cases import MODEL_CASES
+
+NO_COMPILER = capture_steps.compiler_missing() is not None
+
+
+def regression(x: torch.Tensor, y: torch.Tensor) -> None:
+    """A global scale, weights, and a latent offset a row."""
+    scale = pyro.sample("scale", dist.Gamma(2.0, 2.0))
+    weights = pyro.sample("weights", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        offset = pyro.sample("offset", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("y", dist.Normal((x * weights).sum(-1) + offset, scale), obs=y)
+
+
+def data(rows: int = 6, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+    return x.to(dtype), (x.sum(-1) + torch.randn(rows, generator=generator)).to(dtype)
+
+
+def train(
+    cls: type,
+    build: Callable[[], tuple[Any, Any]],
+    call: tuple[Any, ...],
+    *,
+    steps: int = 20,
+    objective: Any = None,
+    optim: Callable[[], Any] = lambda: pyro.optim.Adam({"lr": 0.02}),
+    **options: Any,
+) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    with pyro.get_param_store().scope():
+        pyro.set_rng_seed(0)
+        model, guide = build()
+        svi = cls(model, guide, optim(), objective or Trace_ELBO(), **options)
+        pyro.set_rng_seed(1)
+        losses = svi.run(steps, (call, {})).losses
+        store = pyro.get_param_store()
+        learned = {name: store[name].unconstrained().detach().clone() for name in store}
+        names = sorted(learned)  # names count instances, so they are compared by order
+        return losses, {str(i): learned[name] for i, name in enumerate(names)}, svi
+
+
+def check_equal(
+    build: Callable[[], tuple[Any, Any]],
+    call: tuple[Any, ...],
+    *,
+    mode: str = "graph",
+    tolerance: float = 1e-5,
+    **options: Any,
+) -> CompiledSVI:
+    losses, learned, _ = train(SVI, build, call, **options)
+    found, compiled, svi = train(CompiledSVI, build, call, mode=mode, **options)
+    assert [kind.mode for kind in svi.compiled] == [mode], svi.compiled
+    size = max(1.0, max(map(abs, losses)))
+    assert found == pytest.approx(losses, abs=tolerance * size)
+    assert compiled.keys() == learned.keys()
+    for name, value in learned.items():
+        torch.testing.assert_close(compiled[name], value, atol=tolerance, rtol=tolerance)
+    return svi
+
+
+def pair(model_name: str, guide_name: str, dtype: torch.dtype) -> Any:
+    case = MODEL_CASES[model_name]
+
+    def build() -> tuple[Any, Any]:
+        torch.set_default_dtype(dtype)
+        model = case.build()
+        args = case.args(model)
+        options = GUIDE_CASES[guide_name].options
+        return model, guides.make(guide_name, model, *args, data_plate=case.plate, **options)
+
+    torch.set_default_dtype(dtype)
+    try:
+        args = case.args(build()[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return build, args
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Any:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("guide_name", CORE_GUIDES)
+def test_steps_of_a_pair_are_those_of_the_program(guide_name: str) -> None:
+    """Losses and parameters for the same noise, float64."""
+    build, args = pair(TWO_LEVELS, guide_name, torch.float64)
+    check_equal(build, args, steps=6, tolerance=1e-10, objective=RefinementELBO())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide_name", GUIDE_CASES)
+def test_hundred_steps_of_every_guide_are_those_of_the_program(guide_name: str) -> None:
+    """Losses and parameters after 100 steps of the same noise, float64 to 1e-10."""
+    build, args = pair(TWO_LEVELS, guide_name, torch.float64)
+    check_equal(build, args, steps=100, tolerance=1e-10, objective=RefinementELBO())
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Trace_ELBO(num_particles=2),
+        Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+        TraceMeanField_ELBO(),
+        AnalyticELBO(),
+        STL(num_particles=2),
+        IWELBO(num_particles=3),
+        DReG(num_particles=3),
+        Renyi(0.5, num_particles=3),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_objectives(objective: Any) -> None:
+    x, y = data(dtype=torch.float64)
+
+    def build() -> tuple[Any, Any]:
+        torch.set_default_dtype(torch.float64)
+        return regression, guides.make("normal", regression, x, y)
+
+    check_equal(build, (x, y), objective=objective, tolerance=1e-10)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        lambda: pyro.optim.Adam({"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.99)}),
+        lambda: pyro.optim.AdamW({"lr": 0.02, "weight_decay": 0.1}),
+        lambda: pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.98, "clip_norm": 0.5}),
+        lambda: pyro.optim.SGD({"lr": 0.001, "momentum": 0.9, "dampening": 0.3}),
+        lambda: pyro.optim.SGD({"lr": 0.001}),
+        lambda: pyro.optim.Adam(lambda name: {"lr": 0.1 if "global" in name else 0.01}),
+        lambda: pyro.optim.RMSprop({"lr": 0.01}),
+    ],
+    ids=["Adam", "AdamW", "ClippedAdam", "momentum", "SGD", "rates by name", "RMSprop"],
+)
+def test_optimizers(optim: Callable[[], Any]) -> None:
+    x, y = data(dtype=torch.float64)
+
+    def build() -> tuple[Any, Any]:
+        torch.set_default_dtype(torch.float64)
+        return regression, guides.make("normal", regression, x, y)
+
+    svi = check_equal(build, (x, y), optim=optim, tolerance=1e-12)
+    eager = "RMSprop" in str(optim().pt_optim_constructor)
+    assert ("RMSprop" in str(svi.compiled[0].reason)) == eager
+
+
+class Plain(nn.Module):
+    """A model as the Pyro tutorials write them: a torch module registered by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(2, 4)
+
+    def model(self, x: torch.Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        rate = pyro.param("rate", torch.tensor(0.7), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), rate).to_event(1), obs=x)
+
+
+class Parametrized(PyroModule):
+    """A model with a constrained parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("parametrized")
+        self.scale = PyroParam(torch.tensor(0.5), constraint=dist.constraints.positive)
+
+    def forward(self, x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, self.scale), obs=x)
+
+
+@pytest.mark.parametrize("kind", ["by hand", "PyroParam", "autoguide", "low-rank autoguide"])
+def test_parameters_are_found_wherever_the_program_keeps_them(kind: str) -> None:
+    x = data()[0]
+
+    def build() -> tuple[Any, Any]:
+        if kind == "by hand":
+            plain = Plain()
+            return plain.model, guides.make("amortized_normal", plain.model, images)
+        if kind == "PyroParam":
+            model = Parametrized()
+            return model, guides.make("amortized_normal", model, images)
+        cls = AutoNormal if kind == "autoguide" else AutoLowRankMultivariateNormal
+        guide = cls(pyro.poutine.block(Plain().model, expose=["z"]))
+        model = Plain().model
+        guide = cls(model)
+        return model, guide
+
+    images = x[:, 0] if kind == "PyroParam" else torch.randn(6, 4)
+    check_equal(build, (images,))
+
+
+def test_other_shapes_get_graphs_of_their_own_and_agree() -> None:
+    """A ragged last batch: two graphs, the losses of the eager run."""
+    x = torch.randn(10, 4)
+
+    def losses(cls: type, **options: Any) -> tuple[list[float], Any]:
+        with pyro.get_param_store().scope():
+            pyro.set_rng_seed(0)
+            plain = Plain()
+            guide = guides.make("amortized_normal", plain.model, x)
+            svi = cls(plain.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), **options)
+            pyro.set_rng_seed(1)
+            return svi.run(9, list(x.split(4))).losses, svi
+
+    expected, _ = losses(SVI)
+    found, svi = losses(CompiledSVI, mode="graph")
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(svi.compiled) == 2
+
+
+def test_ordinary_steps_go_on_from_compiled_ones_and_back() -> None:
+    """Parameters and the optimizer's state are the live ones: switching loops changes nothing."""
+    x, y = data(dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+
+    def run(switch: bool) -> list[float]:
+        with pyro.get_param_store().scope():
+            pyro.set_rng_seed(0)
+            guide = guides.make("normal", regression, x, y)
+            optim = pyro.optim.Adam({"lr": 0.05})
+            eager = SVI(regression, guide, optim, Trace_ELBO())
+            compiled = CompiledSVI(regression, guide, optim, Trace_ELBO(), mode="graph")
+            loops = itertools.cycle([eager, eager, compiled, compiled] if switch else [eager])
+            pyro.set_rng_seed(1)
+            return [next(loops).step(x, y) for _ in range(12)]
+
+    assert run(True) == pytest.approx(run(False), abs=1e-11)
+
+
+def test_a_run_resumes_from_its_state() -> None:
+    x, y = data(dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+
+    def fresh() -> CompiledSVI:
+        guide = guides.make("normal", regression, x, y, name="own")
+        optim = pyro.optim.Adam({"lr": 0.05})
+        return CompiledSVI(regression, guide, optim, Trace_ELBO(), mode="graph")
+
+    with pyro.get_param_store().scope():
+        pyro.set_rng_seed(0)
+        whole = fresh().run(12, ((x, y), {})).losses
+    with pyro.get_param_store().scope():
+        pyro.set_rng_seed(0)
+        state = copy.deepcopy(fresh().run(5, ((x, y), {})).state)
+    with pyro.get_param_store().scope():
+        rest = fresh().run(12, ((x, y), {}), state=state).losses
+    assert rest == pytest.approx(whole, abs=1e-11)
+
+
+def test_a_changed_learning_rate_is_used() -> None:
+    x, y = data()
+
+    def run(cls: type, **options: Any) -> list[float]:
+        with pyro.get_param_store().scope():
+            pyro.set_rng_seed(0)
+            guide = guides.make("normal", regression, x, y)
+            optim = pyro.optim.Adam({"lr": 0.05})
+            svi = cls(regression, guide, optim, Trace_ELBO(), **options)
+            losses = [svi.step(x, y) for _ in range(4)]
+            for optimizer in optim.optim_objs.values():
+                optimizer.param_groups[0]["lr"] = 0.5
+            return losses + [svi.step(x, y) for _ in range(4)]
+
+    assert run(CompiledSVI, mode="graph") == pytest.approx(run(SVI), rel=1e-5)
+
+
+# ------------------------------------------------------------------ what no graph stands for
+
+
+def branching(x: torch.Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    scale = 1.0 if z > 0 else 2.0
+    pyro.sample("x", dist.Normal(z, scale).expand([len(x)]).to_event(1), obs=x)
+
+
+def counting() -> Callable[[torch.Tensor], None]:
+    calls = itertools.count(1)
+
+    def model(x: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.poutine.scale(scale=min(1.0, next(calls) / 1000)):
+            pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    return model
+
+
+class Normalized(PyroModule):
+    """Batch normalization, whose running statistics move."""
+
+    def __init__(self) -> None:
+        super().__init__("normalized")
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.norm(z), 1.0).to_event(1), obs=x)
+
+
+def discrete_guide(x: torch.Tensor) -> None:
+    rate = pyro.param("rate", torch.tensor(2.0), constraint=dist.constraints.positive)
+    pyro.sample("n", dist.Poisson(rate))
+
+
+def discrete(x: torch.Tensor) -> None:
+    n = pyro.sample("n", dist.Poisson(3.0))
+    pyro.sample("x", dist.Normal(n, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+
+def normal_guide(x: torch.Tensor) -> None:
+    loc = pyro.param("loc", torch.tensor(0.3))
+    pyro.sample("z", dist.Normal(loc, 0.5))
+
+
+REFUSED = {
+    "a branch on a value": (lambda: (branching, normal_guide), Trace_ELBO(), "reads the value"),
+    "a counter": (lambda: (counting(), normal_guide), Trace_ELBO(), "other operations each time"),
+    "discrete draws": (
+        lambda: (discrete, discrete_guide),
+        Trace_ELBO(),
+        "'n' of the guide is not reparam",
+    ),
+    "an objective": (
+        lambda: (discrete, discrete_guide),
+        TraceGraph_ELBO(),
+        "objective TraceGraph_ELBO",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_graph_runs_eagerly_with_a_reason(name: str) -> None:
+    build, objective, reason = REFUSED[name]
+    x = torch.randn(5)
+    expected, _, _ = train(SVI, build, (x,), objective=objective, steps=8)
+    found, _, svi = train(CompiledSVI, build, (x,), objective=objective, steps=8, mode="graph")
+    (kind,) = svi.compiled
+    assert kind.mode == "eager"
+    assert reason in kind.reason
+    if name != "a counter":  # looking at it moved its counter
+        assert found == expected
+
+
+def test_running_statistics_are_refused() -> None:
+    x = torch.randn(5, 2)
+    model = Normalized()
+
+    def guide(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(5, 2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({}), Trace_ELBO(), mode="graph")
+    svi.run(3, ((x,), {}))
+    assert svi.compiled[0].mode == "eager"
+    assert "running statistics" in str(svi.compiled[0].reason)
+
+
+def test_a_program_that_draws_its_own_minibatch_agrees() -> None:
+    """The draw of rows stays a draw: graph and program see the same rows."""
+    x = torch.randn(20, dtype=torch.float64)
+
+    def model(x: torch.Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("data", len(x), subsample_size=4) as rows:
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x[rows])
+
+    def guide(x: torch.Tensor) -> None:
+        loc = pyro.param("at", torch.tensor(0.3, dtype=x.dtype))
+        pyro.sample("loc", dist.Normal(loc, 0.5))
+
+    check_equal(lambda: (model, guide), (x,), tolerance=1e-10)
+
+
+def test_many_kinds_of_calls_warn_and_run_eagerly() -> None:
+    def model(x: torch.Tensor, beta: float) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.poutine.scale(scale=beta):
+            pyro.sample("x", dist.Normal(z, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor, beta: float) -> None:
+        normal_guide(x)
+
+    x = torch.randn(5)
+    svi = CompiledSVI(model, guide, pyro.optim.Adam({}), Trace_ELBO(), mode="graph")
+    for i in range(9):
+        svi.step(x, 0.1 * (i + 1))
+    with pytest.warns(UserWarning, match="Pass numbers that change as tensors"):
+        svi.step(x, 1.0)
+    assert len(svi.compiled) == 8
+
+
+def test_without_a_compiler_graphs_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_steps, "compiler_missing", lambda: "there is no C++ compiler")
+    x, y = data()
+    guide = guides.make("normal", regression, x, y)
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
+        svi = CompiledSVI(regression, guide, pyro.optim.Adam({}), Trace_ELBO(), mode="inductor")
+    svi.run(3, ((x, y), {}))
+    assert svi.compiled[0].mode == "graph"
+    assert "no C++ compiler" in str(svi.compiled[0].reason)
+
+
+def test_bad_options_are_refused() -> None:
+    fields = (regression, normal_guide, pyro.optim.Adam({}), Trace_ELBO())
+    with pytest.raises(ValueError, match="mode must be one of auto, inductor, graph, eager"):
+        CompiledSVI(*fields, mode="jit")
+    with pytest.raises(ValueError, match="steps_per_call must be at least 1, got 0"):
+        CompiledSVI(*fields, steps_per_call=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("guide_name", ["normal", "multivariate_normal", "iterative_normal"])
+def test_compiled_steps_are_those_of_the_program(guide_name: str, dtype: torch.dtype) -> None:
+    """100 steps, several a call, and the few that remain."""
+    build, args = pair(TWO_LEVELS, guide_name, dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    check_equal(
+        build, args, steps=100, tolerance=tolerance, mode="inductor", objective=RefinementELBO()
+    )
+
+
+# ------------------------------------------------------------------------------ restarts
+
+
+def bimodal(x: torch.Tensor) -> None:
+    """The sign of z is not identified: two optima of mean field."""
+    z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 3.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z.square(), 1.0), obs=x)
+
+
+def restarted(**options: Any) -> tuple[CompiledSVI, torch.Tensor, Any]:
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    x = 4.0 + 0.1 * torch.randn(10)
+    guide = guides.make("normal", bimodal, x)
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = CompiledSVI(bimodal, guide, optim, Trace_ELBO(), mode="graph", num_restarts=6, **options)
+    return svi, x, guide
+
+
+def test_restarts_without_jitter_are_runs_of_the_program() -> None:
+    """Each run makes the steps that a run of its own makes with its noise."""
+    svi, x, guide = restarted(jitter=0.0)
+    start = copy.deepcopy(guide.state_dict())
+    pyro.set_rng_seed(3)
+    svi.run(5, ((x,), {}))
+    for restart in (0, 4):
+        svi.select(restart)
+        found = copy.deepcopy(guide.state_dict())
+        with pyro.get_param_store().scope():
+            other = guides.make("normal", bimodal, x)
+            other.load_state_dict(start)
+            params = list(other.parameters())
+            optim = torch.optim.Adam(params, lr=0.05)
+            pyro.set_rng_seed(3)
+            noise = [torch.randn(6, 1) for _ in range(5)]
+            for draw in noise:
+                optim.zero_grad()
+                # The same noise, by hand: u = loc + scale * noise.
+                q = other.families["global"].distribution(other.schemes["global"].table)
+                u, log_q = other.families["global"].push(
+                    other.schemes["global"].table, draw[restart]
+                )
+                log_p = dist.Normal(0.0, 3.0).log_prob(u).sum()
+                log_p = log_p + dist.Normal(u.square(), 1.0).log_prob(x).sum()
+                (log_q - log_p).backward()
+                optim.step()
+                assert q.event_shape == (1,)
+            for name, value in other.state_dict().items():
+                torch.testing.assert_close(found[name], value, atol=1e-10, rtol=1e-10)
+
+
+def test_restarts_find_both_optima_and_r_hat_tells() -> None:
+    """Chains of runs that ended on two sides disagree; the best run is in the parameters."""
+    arviz = pytest.importorskip("arviz")
+    svi, x, guide = restarted(jitter=1.0)
+    svi.run(400, ((x,), {}))
+    values, scores = svi.chains(200, x)
+    assert values["z"].shape == (6, 200)
+    assert scores["log_p"].shape == (6, 200)
+    signs = values["z"].mean(-1).sign()
+    assert {-1.0, 1.0} == set(signs.tolist())
+    assert (values["z"].mean(-1).abs() - 2.0).abs().max() < 0.1
+    table = arviz.rhat(arviz.from_dict({"z": values["z"].numpy()}))
+    assert float(table["z"]) > 1.3
+    same = values["z"].abs()
+    assert float(arviz.rhat(arviz.from_dict({"z": same.numpy()}))["z"]) < 1.1
+    # What was drawn from left the best run in place.
+    svi.select(svi.best)
+    best = guide.locations(x)["z"]
+    assert best.sign() == signs[svi.best]
+    assert len(svi.restart_losses) == 400
+    assert len(svi.restart_losses[0]) == 6
+
+
+def test_restarts_refuse_what_they_cannot_do() -> None:
+    x = torch.randn(5)
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = CompiledSVI(branching, normal_guide, optim, Trace_ELBO(), mode="graph", num_restarts=3)
+    with pytest.raises(RuntimeError, match=r"Restarts need a graph.*reads the value"):
+        svi.run(3, ((x,), {}))
+    fields = (regression, normal_guide, optim, Trace_ELBO())
+    with pytest.raises(ValueError, match="num_restarts must be at least 1"):
+        CompiledSVI(*fields, num_restarts=0)
+    with pytest.raises(ValueError, match="Restarts are made in one graph"):
+        CompiledSVI(*fields, num_restarts=2, mode="eager")
+    with pytest.raises(ValueError, match="pass num_restarts="):
+        CompiledSVI(*fields, mode="graph").chains(10, x)
