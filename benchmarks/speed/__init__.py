@@ -1,0 +1,1 @@
+"""Speed: the same steps here and elsewhere, side by side."""
