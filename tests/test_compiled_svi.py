@@ -277,6 +277,20 @@ def test_a_run_resumes_from_its_state() -> None:
     assert rest == pytest.approx(whole, abs=1e-11)
 
 
+def test_a_restored_optimizer_is_used() -> None:
+    """States that replace those of the optimizer, in the same loop, are those that move on."""
+    x, y = data(dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    guide = guides.make("normal", regression, x, y)
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = CompiledSVI(regression, guide, optim, Trace_ELBO(), mode="graph")
+    early = copy.deepcopy(svi.run(5, ((x, y), {})).state)
+    whole = svi.run(12, ((x, y), {}), state=early).losses
+    again = svi.run(12, ((x, y), {}), state=early).losses
+    assert again == pytest.approx(whole, abs=1e-11)
+
+
 def test_a_changed_learning_rate_is_used() -> None:
     x, y = data()
 

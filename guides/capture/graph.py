@@ -264,8 +264,12 @@ def _targets(node: fx.Node) -> list[fx.Node]:
 @dataclass(frozen=True)
 class _Metadata:
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    def transposed(self) -> _Metadata:
+        return _Metadata(self.shape[::-1], self.stride[::-1], self.dtype, self.device)
 
 
 @contextlib.contextmanager
@@ -278,7 +282,7 @@ def _cheap_metadata() -> Iterator[None]:
 
     def metadata(value: Any, include_real: bool = False) -> Any:
         if isinstance(value, Tensor):
-            return _Metadata(tuple(value.shape), value.dtype, value.device)
+            return _Metadata(tuple(value.shape), value.stride(), value.dtype, value.device)
         if isinstance(value, (list, tuple)):
             return type(value)([metadata(item) for item in value])
         return value if isinstance(value, (int, float, bool)) else None

@@ -19,8 +19,9 @@ from guides.capture.steps import Steps
 
 __all__ = ["Compiled", "Kind"]
 
-_AUTO_NODES = 2400
-_MOST_STEPS = 10
+_AUTO_NODES = 4000
+_MOST_STEPS = 16
+_MANY_NUMBERS = 20_000
 _TOLERANCE = {torch.float64: 1e-9}
 
 Function = Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor]]]
@@ -76,6 +77,7 @@ class Kind:
         self.steps_per_call = steps_per_call
         self.graph: Graph | None = None
         self.parameters: list[Tensor] = []
+        self.num_numbers = 0
         self.rules: list[Rule] = []
         self.made: dict[tuple[int, str], Steps] = {}
         start = time.perf_counter()
@@ -89,6 +91,7 @@ class Kind:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             function, data, self.parameters = setup()
+            self.num_numbers = sum(tensor.numel() for tensor in (*self.parameters, *data))
             if not self.parameters:
                 raise CaptureError("there are no parameters to learn")
             # The first evaluation may make checks, caches and parameters of its own.
@@ -121,8 +124,8 @@ class Kind:
             return 1
         if self.steps_per_call is not None:
             return self.steps_per_call
-        if self.mode == "graph":
-            # What is not compiled gains nothing from being longer.
+        if self.mode == "graph" or self.num_numbers > _MANY_NUMBERS:
+            # What is not compiled, or is busy with numbers, gains nothing from being longer.
             return 1
         return max(1, min(_MOST_STEPS, _AUTO_NODES // max(1, self.graph.num_nodes)))
 
@@ -135,7 +138,7 @@ class Kind:
         assert self.graph is not None
         if not self.rules:
             return self._with_eager_optimizer(data)
-        if any(not made.is_current() for made in self.made.values()):
+        if self._is_outdated():
             self._read_rules()
         num_steps = self.per_call if most is not None and most >= self.per_call else 1
         mode = self.mode
@@ -148,6 +151,17 @@ class Kind:
                 self.graph, self.rules, self.parameters, num_steps, mode, self.stack
             )
         return self.made[key](data)
+
+    def _is_outdated(self) -> bool:
+        """Whether optimizers were replaced, restored or given other options."""
+        for rule in self.rules:
+            current: Any = self.optim.optim_objs.get(rule.parameter)
+            current = getattr(current, "optimizer", current)
+            if current is not rule.optimizer:
+                return True
+            if current.state.get(rule.parameter) is not rule.state:
+                return True
+        return any(not made.is_current() for made in self.made.values())
 
     def _with_eager_optimizer(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         assert self.graph is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import warnings
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from guides.capture.graph import CaptureError, Graph, share_equal_terms, trace
 from guides.capture.optimizers import Rule
+from guides.capture.products import choose_products
 from guides.capture.restarts import Stack
 
 __all__ = ["MODES", "Steps", "choose_mode", "compiler_missing", "lower"]
 
+_CALLS_AHEAD = 64
+# Draws that stay in the graph are those of torch, from its own stream.
+_CONFIG = {"fallback_random": True, "fx_graph_cache": True}
 MODES = ("auto", "inductor", "graph", "eager")
 
 
@@ -52,7 +57,7 @@ def choose_mode(mode: str) -> tuple[str, str | None]:
 
 
 def lower(
-    function: Callable[..., Any], inputs: Sequence[Tensor], mode: str
+    function: Callable[..., Any], inputs: Sequence[Tensor], mode: str, *, small: bool = False
 ) -> Callable[..., Sequence[Tensor]]:
     """What runs a function of tensors: its graph, or the compiled graph.
 
@@ -60,19 +65,35 @@ def lower(
         function: A pure function of tensors, which may write into its inputs at the end.
         inputs: Example inputs; they are not changed.
         mode: ``"graph"`` or ``"inductor"``.
+        small: Whether calls are so short that what surrounds the kernels counts: it is compiled
+            as well, then.
     """
     with torch.no_grad():
         copies = [value.detach().clone() for value in inputs]
         module = trace(function, copies)
         share_equal_terms(module.graph)
+        choose_products(module)
         module.recompile()
         if mode == "graph":
             return module
+        from torch._guards import TracingContext, tracing
         from torch._inductor import compile as compile_graph
         from torch._inductor import config
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        with config.patch({"fallback_random": True}):
-            return compile_graph(module, [value.detach().clone() for value in inputs])
+        def compiled(**options: Any) -> Callable[..., Sequence[Tensor]]:
+            # The cache on disk, which later processes read, wants an environment of shapes.
+            shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
+            example = [value.detach().clone() for value in inputs]
+            with config.patch({**_CONFIG, **options}), tracing(TracingContext(shapes)):
+                return compile_graph(module, example)
+
+        if small and all(value.device.type == "cpu" for value in inputs):
+            # Not every operation can be called from there.
+            with contextlib.suppress(Exception):
+                return compiled(cpp_wrapper=True)
+        return compiled()
 
 
 @dataclass
@@ -86,6 +107,7 @@ class Steps:
         num_steps: Steps a call; 0 for gradients alone.
         mode: ``"graph"`` or ``"inductor"``.
         stack: Parameters and states of several runs, which are made all at once.
+        small: Whether the tensors are small.
     """
 
     graph: Graph
@@ -94,6 +116,7 @@ class Steps:
     num_steps: int
     mode: str
     stack: Stack | None = None
+    small: bool = False
     seconds: float = 0.0
     _run: Callable[..., Sequence[Tensor]] | None = field(default=None, repr=False)
 
@@ -124,6 +147,13 @@ class Steps:
                 known[key] = len(self._leaders)
                 self._leaders.append(rule)
             self._table.append(known[key])
+
+        self._tables: list[Tensor] = []
+        self._made_for: Any = None
+        self._place = 0
+        self._ahead = 0
+        self._views: list[Tensor] = []
+        self._pointers: list[int] = []
 
     def _signature(self) -> tuple[Any, ...]:
         return tuple((rule.signature, rule.group["lr"]) for rule in self.rules)
@@ -185,23 +215,39 @@ class Steps:
         return list(self.graph.module(*inputs))
 
     def _numbers(self) -> list[Tensor]:
-        return [
-            torch.tensor(
-                rule.coefficients(self.num_steps),
-                dtype=rule.parameter.dtype,
-                device=rule.parameter.device,
-            )
-            for rule in self._leaders
-        ]
+        """Coefficients of the next steps, from tables that are worked out well ahead."""
+        rates = [rule.group["lr"] for rule in self._leaders]
+        counts = [float(rule.state.get("step", 0.0)) for rule in self._leaders]
+        place = self._place
+        expected = [count - place for count in counts]
+        if not self._tables or self._made_for != (rates, expected) or place >= self._ahead:
+            place = self._place = 0
+            self._ahead = _CALLS_AHEAD * max(1, self.num_steps)
+            self._made_for = (rates, counts)
+            self._tables = [
+                torch.tensor(
+                    rule.coefficients(self._ahead),
+                    dtype=rule.parameter.dtype,
+                    device=rule.parameter.device,
+                )
+                for rule in self._leaders
+            ]
+        return [table[place : place + self.num_steps] for table in self._tables]
 
     def _inputs(self, data: Sequence[Tensor], noise: Sequence[Tensor]) -> list[Tensor]:
-        flat = [tensor for state in self.state for tensor in state]
-        learning = [parameter.detach() for parameter in self.learning]
-        if self.stack is not None:
-            flat = [self.stack.state(tensor) for tensor in flat]
-            learning = [self.stack.parameter(parameter) for parameter in self.learning]
-        fixed = [parameter.detach() for parameter in self.fixed]
-        return [*learning, *fixed, *flat, *self._numbers(), *data, *noise]
+        live = (*self.learning, *self.fixed)
+        pointers = [tensor.data_ptr() for tensor in live]
+        if pointers != self._pointers:
+            # Views of the live tensors, as long as these stay where they are.
+            self._pointers = pointers
+            if self.stack is None:
+                learning = [parameter.detach() for parameter in self.learning]
+                flat = [tensor for state in self.state for tensor in state]
+            else:
+                learning = [self.stack.parameter(parameter) for parameter in self.learning]
+                flat = [self.stack.state(t) for state in self.state for t in state]
+            self._views = [*learning, *(parameter.detach() for parameter in self.fixed), *flat]
+        return [*self._views, *self._numbers(), *data, *noise]
 
     def _noise(self) -> list[Tensor]:
         left = () if self.stack is None else (self.stack.num_restarts,)
@@ -210,7 +256,7 @@ class Steps:
     def _prepare(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         start = time.perf_counter()
         try:
-            self._run = lower(function, inputs, self.mode)
+            self._run = lower(function, inputs, self.mode, small=self.small)
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise CaptureError(f"building its steps raised {first}") from error
@@ -230,6 +276,7 @@ class Steps:
             losses, *extras = self._run(*inputs)
         for rule in self.rules:
             rule.advance(self.num_steps)
+        self._place += self.num_steps
         return losses, extras
 
     def gradients(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:

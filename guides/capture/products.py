@@ -1,0 +1,132 @@
+"""Matrix products by the faster of the two libraries that torch carries.
+
+On a CPU torch multiplies through its BLAS (MKL), and carries oneDNN beside it; which of them is
+faster depends on the processor and on the shapes, by a factor of two in either direction. Both are
+timed on the shapes of a graph before it is compiled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["choose_products"]
+
+_LEAST = 2e6  # multiplications below which no choice is worth its timing
+_ADVANTAGE = 0.9
+_MEASURED: dict[Any, bool] = {}
+
+
+def _product(left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, weight, bias, "none", [], "")
+    return found
+
+
+def _product_shape(left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[0], weight.shape[0])
+
+
+# An operation of its own, because the compiler takes torch's for one with a packed weight.
+_LIBRARY = torch.library.Library("pyro_zoo", "DEF")
+_LIBRARY.define("product(Tensor left, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("product", _product, "CPU")
+_LIBRARY.impl("product", _product_shape, "Meta")
+
+
+def choose_products(module: fx.GraphModule) -> int:
+    """Replace products that are faster by oneDNN on this machine.
+
+    Args:
+        module: A graph whose nodes carry shapes and strides, from
+            :func:`guides.capture.graph.trace`.
+
+    Returns:
+        How many were replaced.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops, "mkldnn"):
+        return 0
+    graph = module.graph
+    replaced = 0
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.mm.default:
+            bias, (left, right) = None, node.args
+        elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
+            bias, left, right = node.args
+        else:
+            continue
+        if not _is_faster(left, right, bias):
+            continue
+        with graph.inserting_before(node):
+            weight = _transposed(graph, right)
+            new = graph.call_function(
+                torch.ops.pyro_zoo.product.default, (left, weight, bias)
+            )
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        replaced += 1
+    return replaced
+
+
+def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    if node.target is torch.ops.aten.t.default:
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        return source
+    new = graph.call_function(torch.ops.aten.t.default, (node,))
+    value = node.meta.get("val")
+    if value is not None:
+        new.meta["val"] = value.transposed()
+    return new
+
+
+def _is_faster(left: fx.Node, right: fx.Node, bias: fx.Node | None) -> bool:
+    values = [node.meta.get("val") for node in (left, right)]
+    given = None if bias is None else bias.meta.get("val")
+    if any(value is None or value.device.type != "cpu" for value in values):
+        return False
+    if any(value.dtype != torch.float32 for value in values):
+        return False
+    if bias is not None and (given is None or len(given.shape) != 1):
+        return False
+    (rows, inner), (_, columns) = values[0].shape, values[1].shape
+    if rows * inner * columns < _LEAST:
+        return False
+    key = (
+        *((value.shape, value.stride) for value in values),
+        bias is None,
+        torch.get_num_threads(),
+    )
+    if key not in _MEASURED:
+        a, b = (_like(value) for value in values)
+        c = None if given is None else torch.ones(given.shape)
+        def usual() -> Tensor:
+            return a @ b if c is None else torch.addmm(c, a, b)
+
+        def other() -> Tensor:
+            found: Tensor = torch.ops.pyro_zoo.product.default(a, b.t(), c)
+            return found
+
+        with torch.no_grad():
+            same = torch.allclose(usual(), other(), rtol=1e-3, atol=1e-3 * inner**0.5)
+            # Alternating, so that a busy moment of the machine falls on both.
+            times = [(_seconds(usual), _seconds(other)) for _ in range(4)]
+        best = [min(pair[i] for pair in times) for i in range(2)]
+        _MEASURED[key] = same and best[1] < _ADVANTAGE * best[0]
+    return _MEASURED[key]
+
+
+def _like(value: Any) -> Tensor:
+    size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
+    return torch.linspace(-1.0, 1.0, size).as_strided(value.shape, value.stride)
+
+
+def _seconds(function: Callable[[], Tensor], repeats: int = 4) -> float:
+    function()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return time.perf_counter() - start
