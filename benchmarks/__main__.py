@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks list | run | report`, also installed as `pyro-zoo`."""
+"""Command line: `python -m benchmarks list | run | speed | report`, also installed as `pyro-zoo`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   python -m benchmarks run quick --models vae --seeds 1 --budget demo
   python -m benchmarks run autoguides                  Pyro's autoguides beside this project's
   python -m benchmarks run my_task.py                  a model, data and guides of your own
+  python -m benchmarks speed --without-peers --tasks eight_schools
   python -m benchmarks report runs/quick               the report again, from records alone
 
 A task file needs `model` (any Pyro program) and `args` (its data); `held_out`, `guides` and the
@@ -52,7 +53,40 @@ def _parser() -> argparse.ArgumentParser:
     reporting = commands.add_parser("report", help="write the report of a folder of records")
     reporting.add_argument("folder", help="a folder with *.jsonl records")
     reporting.add_argument("--to", help="file to write (default: report.html in the folder)")
+    speeding = commands.add_parser(
+        "speed", help="time compiled steps beside Pyro, torch, NumPyro, JAX, PCX and FabricPC"
+    )
+    speeding.add_argument(
+        "--peers", help="folder of their environments, made where they are missing"
+    )
+    speeding.add_argument("--without-peers", action="store_true", help="Pyro and torch only")
+    speeding.add_argument("--tasks", nargs="+", help="only these tasks")
+    speeding.add_argument("--rounds", type=int, default=9, help="blocks of each side (default: 9)")
+    speeding.add_argument("--threads", type=int, default=2, help="of each side (default: 2)")
+    speeding.add_argument("--to", help="file of the record (default: the committed one)")
     return parser
+
+
+def _speed(options: argparse.Namespace) -> int:
+    from benchmarks.speed.peers.environments import REQUIREMENTS, build
+    from benchmarks.speed.runner import RECORDS, compare_speed
+
+    if options.peers is None and not options.without_peers:
+        raise ValueError(
+            "speed needs --peers DIR, where the environments of NumPyro, JAX, PCX and FabricPC "
+            "are or shall be made; or --without-peers."
+        )
+    if options.peers is not None:
+        for name in REQUIREMENTS:
+            build(name, options.peers)
+    compare_speed(
+        options.peers,
+        options.to or RECORDS,
+        rounds=options.rounds,
+        threads=options.threads,
+        only=options.tasks,
+    )
+    return 0
 
 
 def _list(source: str | None) -> int:
@@ -151,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "list":
             return _list(options.source)
+        if options.command == "speed":
+            return _speed(options)
         if options.command == "report":
             return _report(options.folder, options.to)
         return _run(options, typed)

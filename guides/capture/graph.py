@@ -12,6 +12,7 @@ operations in the same order, so a graph consumes the random stream as the progr
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,11 +63,16 @@ class Draw:
                 return self.target(*self.args, **self.kwargs)
             return torch.stack([self(*left[1:]) for _ in range(left[0])])
         shape = (*left, *self.shape)
-        if self.target is _NORMAL and not self.args and not self.kwargs:
-            # The same numbers, by the shorter way: this is called for every step.
-            return torch.randn(shape, dtype=self.dtype, device=self.device)
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self.target(empty, *self.args, **self.kwargs)
+
+
+    def repeated(self, *left: int) -> Callable[[], Tensor]:
+        """What draws as a call with these sizes does, with as little around it as can be."""
+        if self.shape is None or self.target is not _NORMAL or self.args or self.kwargs:
+            return functools.partial(self, *left)
+        shape = (*left, *self.shape)
+        return functools.partial(torch.randn, shape, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -96,7 +102,7 @@ class Graph:
         """Fresh noise, drawn as the program draws it."""
         return [draw() for draw in self.draws]
 
-    @property
+    @functools.cached_property
     def num_nodes(self) -> int:
         """Operations in the graph."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)

@@ -140,15 +140,17 @@ class Kind:
             return self._with_eager_optimizer(data)
         if self._is_outdated():
             self._read_rules()
-        num_steps = self.per_call if most is not None and most >= self.per_call else 1
+        per_call = self.per_call
+        num_steps = per_call if most is not None and most >= per_call else 1
         mode = self.mode
-        if most is not None and num_steps < self.per_call and (1, mode) not in self.made:
+        if most is not None and num_steps < per_call and (1, mode) not in self.made:
             # The few steps that a run has left are not worth a compilation.
             mode = "graph"
         key = (num_steps, mode)
         if key not in self.made:
+            small = self.num_numbers <= _MANY_NUMBERS
             self.made[key] = Steps(
-                self.graph, self.rules, self.parameters, num_steps, mode, self.stack
+                self.graph, self.rules, self.parameters, num_steps, mode, self.stack, small
             )
         return self.made[key](data)
 

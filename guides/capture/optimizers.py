@@ -10,7 +10,6 @@ of the optimizer itself, changed in place, so that ordinary steps can go on from
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +48,8 @@ class Rule(abc.ABC):
         """The state that the update reads and writes; made where there is none yet."""
 
     @abc.abstractmethod
-    def coefficients(self, num_steps: int) -> list[list[float]]:
-        """The numbers of the next steps, one list a step. Changes nothing."""
+    def coefficients(self, num_steps: int) -> Tensor:
+        """The numbers of the next steps ``(num_steps, C)``, in float64. Changes nothing."""
 
     @abc.abstractmethod
     def advance(self, num_steps: int) -> None:
@@ -76,18 +75,12 @@ class _Adam(Rule):
             self.state["exp_avg_sq"] = torch.zeros_like(self.parameter)
         return [self.state["exp_avg"], self.state["exp_avg_sq"]]
 
-    def coefficients(self, num_steps: int) -> list[list[float]]:
-        done = float(self.state["step"])
+    def coefficients(self, num_steps: int) -> Tensor:
+        t = _steps(float(self.state["step"]), num_steps)
         beta1, beta2 = self.group["betas"]
         lr = float(self.group["lr"])
-        return [
-            [
-                lr / (1 - beta1 ** (done + i)),
-                math.sqrt(1 - beta2 ** (done + i)),
-                1 - lr * self.group["weight_decay"],
-            ]
-            for i in range(1, num_steps + 1)
-        ]
+        decay = torch.full_like(t, 1 - lr * self.group["weight_decay"])
+        return torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt(), decay], -1)
 
     def advance(self, num_steps: int) -> None:
         self.state["step"] += num_steps
@@ -120,13 +113,11 @@ class _ClippedAdam(Rule):
             self.state["exp_avg_sq"] = torch.zeros_like(self.parameter)
         return [self.state["exp_avg"], self.state["exp_avg_sq"]]
 
-    def coefficients(self, num_steps: int) -> list[list[float]]:
+    def coefficients(self, num_steps: int) -> Tensor:
+        t = _steps(float(self.state["step"]), num_steps)
         beta1, beta2 = self.group["betas"]
-        rows, lr = [], self.group["lr"]
-        for i in range(self.state["step"] + 1, self.state["step"] + num_steps + 1):
-            lr *= self.group["lrd"]
-            rows.append([lr * math.sqrt(1 - beta2**i) / (1 - beta1**i)])
-        return rows
+        lr = self.group["lr"] * self.group["lrd"] ** _steps(0.0, num_steps)
+        return (lr * (1 - beta2**t).sqrt() / (1 - beta1**t)).unsqueeze(-1)
 
     def advance(self, num_steps: int) -> None:
         self.state["step"] += num_steps
@@ -161,11 +152,12 @@ class _SGD(Rule):
             self.state["_fresh"] = True
         return [self.state["momentum_buffer"]]
 
-    def coefficients(self, num_steps: int) -> list[list[float]]:
-        fresh = bool(self.state.get("_fresh", False))
-        dampening = self.group["dampening"]
-        lr = float(self.group["lr"])
-        return [[lr, 1.0 if fresh and i == 0 else 1.0 - dampening] for i in range(num_steps)]
+    def coefficients(self, num_steps: int) -> Tensor:
+        row = [float(self.group["lr"]), 1.0 - self.group["dampening"]]
+        rows = torch.tensor(row, dtype=torch.float64).repeat(num_steps, 1)
+        if self.state.get("_fresh", False):
+            rows[0, 1] = 1.0
+        return rows
 
     def advance(self, num_steps: int) -> None:
         self.state.pop("_fresh", None)
@@ -182,6 +174,11 @@ class _SGD(Rule):
         buffer = momentum * state[0] + numbers[1] * gradient
         direction = gradient + momentum * buffer if nesterov else buffer
         return parameter - numbers[0] * direction, [buffer]
+
+
+def _steps(done: float, num_steps: int) -> Tensor:
+    """Numbers of the next steps, from one."""
+    return done + torch.arange(1, num_steps + 1, dtype=torch.float64)
 
 
 _RULES: dict[type, type[Rule]] = {

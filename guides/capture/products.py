@@ -1,4 +1,4 @@
-"""Matrix products by the faster of the two libraries that torch carries.
+"""Matrix products by the faster of the two libraries that torch carries, or by neither.
 
 On a CPU torch multiplies through its BLAS (MKL), and carries oneDNN beside it; which of them is
 faster depends on the processor and on the shapes, by a factor of two in either direction. Both are
@@ -18,6 +18,7 @@ __all__ = ["choose_products"]
 
 _LEAST = 2e6  # multiplications below which no choice is worth its timing
 _ADVANTAGE = 0.9
+_TINY = 20_000
 _MEASURED: dict[Any, bool] = {}
 
 
@@ -58,6 +59,15 @@ def choose_products(module: fx.GraphModule) -> int:
             bias, left, right = node.args
         else:
             continue
+        if bias is None and _is_tiny(left, right):
+            # A call of a library costs more than the product; the compiler fuses this one.
+            with graph.inserting_before(node):
+                terms = _tiny(graph, left, right)
+            terms.meta = dict(node.meta)
+            node.replace_all_uses_with(terms)
+            graph.erase_node(node)
+            replaced += 1
+            continue
         if not _is_faster(left, right, bias):
             continue
         with graph.inserting_before(node):
@@ -70,6 +80,26 @@ def choose_products(module: fx.GraphModule) -> int:
         graph.erase_node(node)
         replaced += 1
     return replaced
+
+
+def _is_tiny(left: fx.Node, right: fx.Node) -> bool:
+    values = [node.meta.get("val") for node in (left, right)]
+    if any(value is None for value in values):
+        return False
+    (rows, inner), (_, columns) = values[0].shape, values[1].shape
+    return 1 in (rows, inner, columns) and rows * inner * columns <= _TINY
+
+
+def _tiny(graph: fx.Graph, left: fx.Node, right: fx.Node) -> fx.Node:
+    """The product as a sum of products, ``(rows, inner, 1) * (1, inner, columns)``."""
+    aten = torch.ops.aten
+    (_, inner) = left.meta["val"].shape
+    if inner == 1:
+        return graph.call_function(aten.mul.Tensor, (left, right))
+    a = graph.call_function(aten.unsqueeze.default, (left, 2))
+    b = graph.call_function(aten.unsqueeze.default, (right, 0))
+    terms = graph.call_function(aten.mul.Tensor, (a, b))
+    return graph.call_function(aten.sum.dim_IntList, (terms, [1]))
 
 
 def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:

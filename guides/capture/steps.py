@@ -85,14 +85,13 @@ def lower(
         def compiled(**options: Any) -> Callable[..., Sequence[Tensor]]:
             # The cache on disk, which later processes read, wants an environment of shapes.
             shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
-            example = [value.detach().clone() for value in inputs]
+            example = [shapes.from_tensor(value, static_shapes=True) for value in inputs]
             with config.patch({**_CONFIG, **options}), tracing(TracingContext(shapes)):
                 return compile_graph(module, example)
 
         if small and all(value.device.type == "cpu" for value in inputs):
             # Not every operation can be called from there.
-            with contextlib.suppress(Exception):
-                return compiled(cpp_wrapper=True)
+            return compiled(cpp_wrapper=True)
         return compiled()
 
 
@@ -140,7 +139,7 @@ class Steps:
             key = (
                 rule.signature,
                 rule.group["lr"],
-                str(rule.coefficients(1)),
+                str(rule.coefficients(1).tolist()),
                 rule.parameter.dtype,
             )
             if key not in known:
@@ -148,6 +147,8 @@ class Steps:
                 self._leaders.append(rule)
             self._table.append(known[key])
 
+        left = () if self.stack is None else (self.stack.num_restarts,)
+        self._draws = [draw.repeated(*left) for draw in self.graph.draws] * self.num_steps
         self._tables: list[Tensor] = []
         self._made_for: Any = None
         self._place = 0
@@ -225,11 +226,7 @@ class Steps:
             self._ahead = _CALLS_AHEAD * max(1, self.num_steps)
             self._made_for = (rates, counts)
             self._tables = [
-                torch.tensor(
-                    rule.coefficients(self._ahead),
-                    dtype=rule.parameter.dtype,
-                    device=rule.parameter.device,
-                )
+                rule.coefficients(self._ahead).to(rule.parameter.device, rule.parameter.dtype)
                 for rule in self._leaders
             ]
         return [table[place : place + self.num_steps] for table in self._tables]
@@ -250,8 +247,7 @@ class Steps:
         return [*self._views, *self._numbers(), *data, *noise]
 
     def _noise(self) -> list[Tensor]:
-        left = () if self.stack is None else (self.stack.num_restarts,)
-        return [draw(*left) for _ in range(self.num_steps) for draw in self.graph.draws]
+        return [draw() for draw in self._draws]
 
     def _prepare(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         start = time.perf_counter()

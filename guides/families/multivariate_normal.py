@@ -7,6 +7,7 @@ import math
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions.utils import _standard_normal
 
 from guides.families.family import (
     Family,
@@ -116,4 +117,26 @@ class MultivariateNormal(Family):
 
     def distribution(self, lam: Tensor) -> dist.TorchDistribution:
         """A Gaussian with full covariance."""
-        return dist.MultivariateNormal(lam[..., : self.size], scale_tril=self.scale_tril(lam))
+        return _Gaussian(lam[..., : self.size], scale_tril=self.scale_tril(lam))
+
+
+class _Gaussian(dist.MultivariateNormal):
+    """Pyro's, which remembers the noise of its last draw: that needs no system solved."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Draws ``loc + L noise``, as in the class above."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)
+        value: Tensor = self.loc + (self._unbroadcasted_scale_tril @ noise.unsqueeze(-1)).squeeze(
+            -1
+        )
+        self._drawn = (value, noise)
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density; of the last draw through its noise, which is the same function."""
+        drawn = getattr(self, "_drawn", None)
+        if drawn is None or drawn[0] is not value:
+            return super().log_prob(value)
+        diagonal = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1)
+        return standard_normal_log_prob(drawn[1]) - diagonal.log().sum(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -114,6 +115,7 @@ class CompiledSVI(SVI):
         self.steps_per_call = steps_per_call
         self._kinds: dict[Any, Kind] = {}
         self._stack = None if num_restarts is None else Stack(num_restarts, jitter)
+        self._last: tuple[tuple[Any, ...], Arguments] | None = None
         self.restart_losses: list[list[float]] = []
 
     @property
@@ -225,7 +227,7 @@ class CompiledSVI(SVI):
     def _steps(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], most: int | None
     ) -> list[float]:
-        arguments = flatten(args, kwargs)
+        arguments = self._arguments(args, kwargs)
         kind = self._kinds.get(arguments.key)
         if kind is None and len(self._kinds) >= _MOST_KINDS:
             # Arguments that differ in every call would be captured for ever.
@@ -257,6 +259,20 @@ class CompiledSVI(SVI):
             return losses
         self.restart_losses += losses
         return [_finite_mean(row) for row in losses]
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The call taken apart; not again, where it is the very call before."""
+        if self._last is not None:
+            values, known = self._last
+            given = (*args, *kwargs, *kwargs.values())
+            if len(given) == len(values) and all(map(operator.is_, given, values)):
+                return known
+        arguments = flatten(args, kwargs)
+        # What holds other values may change inside.
+        plain = all(isinstance(v, (Tensor, str, int, float)) for v in (*args, *kwargs.values()))
+        values = (*args, *kwargs, *kwargs.values())
+        self._last = (values, arguments) if plain else None
+        return arguments
 
     def _setup(self, arguments: Arguments) -> Any:
         refused = refuse(self.objective)

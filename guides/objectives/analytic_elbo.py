@@ -10,6 +10,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from guides.draws import over_draws
 from guides.energy import LogJoint, SiteTerms
@@ -24,7 +25,7 @@ from guides.supports import unwrap
 __all__ = ["AnalyticELBO"]
 
 _KEPT = 7
-_GAUSSIAN = ("Normal", "MultivariateNormal", "LowRankMultivariateNormal")
+_GAUSSIAN = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
 
 class AnalyticELBO(Objective):
@@ -125,7 +126,7 @@ class AnalyticELBO(Objective):
         gaussian = {
             site.name
             for d in draws.groups
-            if type(unwrap(d.q)).__name__ in _GAUSSIAN
+            if isinstance(unwrap(d.q), _GAUSSIAN)
             for site in d.group.sites
         }
         independent = _independent_normals(log_joint, draws.packed(), draws.layout)

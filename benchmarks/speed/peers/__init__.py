@@ -5,6 +5,7 @@
     scripts/pcx_peer.py         PCX: its own MNIST decoder
     scripts/fabricpc_peer.py    FabricPC: its own MNIST classifier
     torch_peer                  hand-written eager torch, every task
+    zoo_peer                    this project compiled, captured and eager; stock Pyro
 
 Each has a process and, but for torch, an environment of its own, which is why the scripts are no
 modules of this package: this project's interpreter cannot import them

@@ -21,6 +21,7 @@ MODULES = {
     "torch": "torch_peer",
     "pcx": "scripts.pcx_peer",
     "fabricpc": "scripts.fabricpc_peer",
+    "zoo": "zoo_peer",
 }
 
 

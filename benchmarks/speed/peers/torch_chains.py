@@ -96,6 +96,7 @@ class PCXDecoder(_Chain):
 
     def __init__(self, given: Tensors, options: Mapping[str, Any]) -> None:
         super().__init__(given)
+        self.momentum = float(options["momentum"])
         self.optim = torch.optim.AdamW(
             self.weights.values(),
             lr=3.401383559476183e-4,
@@ -119,7 +120,7 @@ class PCXDecoder(_Chain):
             z = [value.requires_grad_() for value in z]
             grads = torch.autograd.grad(self.energy(z, weights), z)
             for trace, grad in zip(momentum, grads, strict=True):
-                trace.mul_(0.15).add_(grad)
+                trace.mul_(self.momentum).add_(grad)
             z = [
                 v.detach().sub_(trace, alpha=0.019849750737164974)
                 for v, trace in zip(z, momentum, strict=True)

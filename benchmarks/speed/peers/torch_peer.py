@@ -240,7 +240,7 @@ def build(task: str, seed: int, options: Mapping[str, Any]) -> Program:
         task: A task of :mod:`~benchmarks.speed.peers.problems`.
         seed: Seed of arrays that are not given, and of the draws.
         options: ``arrays``, ``guide``, ``batch``, ``data``, ``dtype``, ``lr``, ``adam``,
-            ``relax_steps`` and ``step_size``; for the task ``"floor"`` only ``of``.
+            ``relax_steps``, ``step_size`` and ``momentum`` (of PCX's decoder); for the task ``"floor"`` only ``of``.
     """
     if task == "floor":
         return _Floor(options)
@@ -255,6 +255,7 @@ def build(task: str, seed: int, options: Mapping[str, Any]) -> Program:
         adam="fused",
         relax_steps=20,
         step_size=0.02,
+        momentum=0.15,
     )
     given = {
         name: torch.from_numpy(np.ascontiguousarray(value))

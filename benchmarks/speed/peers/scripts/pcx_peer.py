@@ -133,7 +133,8 @@ def _train_step(x: Any, *, model: Any, optim_w: Any, optim_h: Any, scan: bool) -
 class _Training:
     """The decoder and its optimizers, stepped by one compiled function."""
 
-    def __init__(self, given: Mapping[str, Any], seed: int, loop: str) -> None:
+    def __init__(self, given: Mapping[str, Any], seed: int, loop: str, momentum: float) -> None:
+        self.momentum = momentum
         pcx.RKG.seed(seed)
         self.x = jnp.asarray(given["x"])
         self.given = given
@@ -146,7 +147,7 @@ class _Training:
             _forward(self.x, model=self.model)
         adamw = optax.adamw(_LR, weight_decay=_WEIGHT_DECAY)
         self.optim_w = pxu.Optim(lambda: adamw, pxu.M(pxnn.LayerParam)(self.model))
-        sgd = optax.sgd(_STEP_SIZE, momentum=_MOMENTUM)
+        sgd = optax.sgd(_STEP_SIZE, momentum=self.momentum or None)
         self.optim_h = pxu.Optim(lambda: sgd)
         scan = self.scan
 
@@ -182,17 +183,17 @@ def build(task: str, seed: int, options: Mapping[str, Any]) -> Program:
     Args:
         task: ``"pcx_decoder"``.
         seed: Seed of arrays that are not given.
-        options: ``arrays``, ``batch``, ``data`` and ``loop``.
+        options: ``arrays``, ``batch``, ``data``, ``loop`` and ``momentum``.
 
     Raises:
         ValueError: For another task or loop.
     """
     if task != "pcx_decoder":
         raise ValueError(f"PCX has no task {task!r}: pcx_decoder.")
-    options = options_of(options, arrays=None, batch=None, data=None, loop="unrolled")
+    options = options_of(options, arrays=None, batch=None, data=None, loop="unrolled", momentum=_MOMENTUM)
     if options["loop"] not in ("unrolled", "scan"):
         raise ValueError(f'loop must be "unrolled" or "scan", got {options["loop"]!r}.')
-    return _Training(load(task, seed, options), seed, options["loop"])
+    return _Training(load(task, seed, options), seed, options["loop"], float(options["momentum"]))
 
 
 def main() -> None:
