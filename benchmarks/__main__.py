@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks list | run | speed | report`, also installed as `pyro-zoo`."""
+"""Command line: `python -m benchmarks list | run | speed | report`, installed as `pyro-zoo`."""
 
 from __future__ import annotations
 

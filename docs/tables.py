@@ -197,7 +197,12 @@ def _caption(records: Any, boards: Sequence[Any]) -> str:
 def studies() -> str:
     """The committed studies: one table each, with its question and the command that made it."""
     parts = []
-    for name, rows in (("mnist_gaps", _gaps), ("mnist_little_data", _little), ("sbibm", _sbibm)):
+    for name, rows in (
+        ("mnist_gaps", _gaps),
+        ("mnist_little_data", _little),
+        ("sbibm", _sbibm),
+        ("speed", _speed),
+    ):
         file = RECORDS.parent / name / "study.jsonl"
         if not file.is_file():
             continue
@@ -266,6 +271,29 @@ def _sbibm(found: Found) -> str:
         rows.append([*cells, f"{found[task, 'forward', 0]['npe']:.3f} (0.10 M)"])
     header = ["Task", "C2ST, forward KL (simulations)", "Reverse KL", "NPE, published"]
     return table(header, rows, "lrrr")
+
+
+_PEERS = {
+    "Pyro": ("Pyro SVI", "Pyro traced at each update"),
+    "Hand-written torch": ("hand-written torch",),
+    "NumPyro, jitted update": ("NumPyro, jitted update",),
+    "One JAX scan": ("NumPyro, svi.run as one scan", "hand-written JAX, one scan"),
+    "PCX, FabricPC": ("PCX", "FabricPC"),
+    "Products alone": ("matrix products alone",),
+}
+
+
+def _speed(found: Found) -> str:
+    """Milliseconds a step of the compiled program, and what the others take of that time."""
+    rows = []
+    for task in dict.fromkeys(key[0] for key in found if key[1] == "compiled"):
+        cells = [task, f"{found[task, 'compiled']['ms']:.3g}"]
+        for names in _PEERS.values():
+            ratios = [found[task, name]["ratio"] for name in names if (task, name) in found]
+            cells.append(f"{ratios[0]:.3g}" if ratios else "")
+        rows.append(cells)
+    header = ["Task", "Compiled, ms a step", *_PEERS]
+    return table(header, rows, "l" + "r" * (len(header) - 1))
 
 
 def _paired(high: Sequence[float], low: Sequence[float]) -> str:

@@ -122,6 +122,9 @@ def test_a_loop_runs_the_pair(model_name: str, guide_name: str, loop_name: str) 
     # A weight that multiplies a latent at exactly zero moves from the second step on.
     losses = [loop.step(*args) for _ in range(3)]
     assert all(isinstance(loss, float) for loss in losses)
+    if loop_name == "compiled_svi":
+        # Every pair of the registries has a graph; one that falls back must be listed here.
+        assert [(kind.mode, kind.reason) for kind in loop.compiled] == [("graph", None)]
     both = ("model", "guide")
     learns = {"svi": both, "compiled_svi": both, "predictive_coding": ("model",)}[loop_name]
     for role, module in modules.items():

@@ -181,7 +181,11 @@ def compare_speed(
         command="python -m benchmarks speed --peers DIR",
         columns={
             "ms": "milliseconds a step, median",
+            "ms_low": "first quartile",
+            "ms_high": "third quartile",
             "ratio": "times the compiled program, median over rounds",
+            "ratio_low": "least ratio of a round",
+            "ratio_high": "greatest ratio of a round",
             "compile_s": "seconds to build, capture and compile",
             "break_even": "steps after which compiling has paid for itself against Pyro",
         },
@@ -239,12 +243,16 @@ def _compare(
         low, _, high = statistics.quantiles(seconds, n=4)
         values: dict[str, Any] = {
             "ms": _digits(1e3 * statistics.median(seconds)),
-            "ms_quartiles": [_digits(1e3 * low), _digits(1e3 * high)],
+            "ms_low": _digits(1e3 * low),
+            "ms_high": _digits(1e3 * high),
             "ratio": _digits(statistics.median(ratios)),
-            "ratio_range": [_digits(min(ratios)), _digits(max(ratios))],
+            "ratio_low": _digits(min(ratios)),
+            "ratio_high": _digits(max(ratios)),
             "compile_s": _digits(first[side.label]["compile_seconds"]),
             "loss": first[side.label]["loss"],
-            "versions": first[side.label]["versions"],
+            "versions": ", ".join(
+                f"{name} {number}" for name, number in first[side.label]["versions"].items()
+            ),
         }
         if side is sides[0] and "Pyro SVI" in times:
             saved = statistics.median(times["Pyro SVI"]) - statistics.median(own)

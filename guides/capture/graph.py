@@ -66,7 +66,6 @@ class Draw:
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self.target(empty, *self.args, **self.kwargs)
 
-
     def repeated(self, *left: int) -> Callable[[], Tensor]:
         """What draws as a call with these sizes does, with as little around it as can be."""
         if self.shape is None or self.target is not _NORMAL or self.args or self.kwargs:

@@ -7,35 +7,38 @@ timed on the shapes of a graph before it is compiled.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["choose_products"]
+__all__ = ["as_calls", "choose_products"]
 
 _LEAST = 2e6  # multiplications below which no choice is worth its timing
 _ADVANTAGE = 0.9
 _TINY = 20_000
 _MEASURED: dict[Any, bool] = {}
+_LINEAR: Any = (
+    torch.ops.mkldnn._linear_pointwise.default
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else None
+)
 
 
-def _product(left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, weight, bias, "none", [], "")
-    return found
+@contextlib.contextmanager
+def as_calls() -> Iterator[None]:
+    """Let the compiler call oneDNN's product as it is; its own rule wants a packed weight."""
+    from torch._inductor import lowering
 
-
-def _product_shape(left: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return left.new_empty(left.shape[0], weight.shape[0])
-
-
-# An operation of its own, because the compiler takes torch's for one with a packed weight.
-_LIBRARY = torch.library.Library("pyro_zoo", "DEF")
-_LIBRARY.define("product(Tensor left, Tensor weight, Tensor? bias) -> Tensor")
-_LIBRARY.impl("product", _product, "CPU")
-_LIBRARY.impl("product", _product_shape, "Meta")
+    with contextlib.ExitStack() as stack:
+        if _LINEAR is not None:
+            call = lowering.fallback_handler(_LINEAR, add_to_fallback_set=False)
+            stack.enter_context(mock.patch.dict(lowering.lowerings, {_LINEAR: call}))
+        yield
 
 
 def choose_products(module: fx.GraphModule) -> int:
@@ -48,8 +51,6 @@ def choose_products(module: fx.GraphModule) -> int:
     Returns:
         How many were replaced.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops, "mkldnn"):
-        return 0
     graph = module.graph
     replaced = 0
     for node in list(graph.nodes):
@@ -72,9 +73,7 @@ def choose_products(module: fx.GraphModule) -> int:
             continue
         with graph.inserting_before(node):
             weight = _transposed(graph, right)
-            new = graph.call_function(
-                torch.ops.pyro_zoo.product.default, (left, weight, bias)
-            )
+            new = graph.call_function(_LINEAR, (left, weight, bias, "none", [], ""))
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -83,8 +82,8 @@ def choose_products(module: fx.GraphModule) -> int:
 
 
 def _is_tiny(left: fx.Node, right: fx.Node) -> bool:
-    values = [node.meta.get("val") for node in (left, right)]
-    if any(value is None for value in values):
+    values = _shapes(left, right)
+    if values is None:
         return False
     (rows, inner), (_, columns) = values[0].shape, values[1].shape
     return 1 in (rows, inner, columns) and rows * inner * columns <= _TINY
@@ -102,6 +101,12 @@ def _tiny(graph: fx.Graph, left: fx.Node, right: fx.Node) -> fx.Node:
     return graph.call_function(aten.sum.dim_IntList, (terms, [1]))
 
 
+def _shapes(*nodes: fx.Node) -> list[Any] | None:
+    """Shapes and types of values, None unless all are known."""
+    values = [node.meta.get("val") for node in nodes]
+    return None if any(value is None for value in values) else values
+
+
 def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if node.target is torch.ops.aten.t.default:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -114,9 +119,11 @@ def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _is_faster(left: fx.Node, right: fx.Node, bias: fx.Node | None) -> bool:
-    values = [node.meta.get("val") for node in (left, right)]
+    values = _shapes(left, right)
     given = None if bias is None else bias.meta.get("val")
-    if any(value is None or value.device.type != "cpu" for value in values):
+    if _LINEAR is None or not torch.backends.mkldnn.is_available():
+        return False
+    if values is None or any(value.device.type != "cpu" for value in values):
         return False
     if any(value.dtype != torch.float32 for value in values):
         return False
@@ -133,11 +140,12 @@ def _is_faster(left: fx.Node, right: fx.Node, bias: fx.Node | None) -> bool:
     if key not in _MEASURED:
         a, b = (_like(value) for value in values)
         c = None if given is None else torch.ones(given.shape)
+
         def usual() -> Tensor:
             return a @ b if c is None else torch.addmm(c, a, b)
 
         def other() -> Tensor:
-            found: Tensor = torch.ops.pyro_zoo.product.default(a, b.t(), c)
+            found: Tensor = _LINEAR(a, b.t(), c, "none", [], "")
             return found
 
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 import warnings
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from guides.capture.graph import CaptureError, Graph, share_equal_terms, trace
 from guides.capture.optimizers import Rule
-from guides.capture.products import choose_products
+from guides.capture.products import as_calls, choose_products
 from guides.capture.restarts import Stack
 
 __all__ = ["MODES", "Steps", "choose_mode", "compiler_missing", "lower"]
@@ -85,8 +84,10 @@ def lower(
         def compiled(**options: Any) -> Callable[..., Sequence[Tensor]]:
             # The cache on disk, which later processes read, wants an environment of shapes.
             shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
-            example = [shapes.from_tensor(value, static_shapes=True) for value in inputs]
-            with config.patch({**_CONFIG, **options}), tracing(TracingContext(shapes)):
+            example: list[Any] = [
+                shapes.from_tensor(value, static_shapes=True) for value in inputs
+            ]
+            with config.patch({**_CONFIG, **options}), tracing(TracingContext(shapes)), as_calls():
                 return compile_graph(module, example)
 
         if small and all(value.device.type == "cpu" for value in inputs):

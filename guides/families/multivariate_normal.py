@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions.utils import _standard_normal
+from torch.types import _size
 
 from guides.families.family import (
     Family,
@@ -123,7 +124,7 @@ class MultivariateNormal(Family):
 class _Gaussian(dist.MultivariateNormal):
     """Pyro's, which remembers the noise of its last draw: that needs no system solved."""
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Draws ``loc + L noise``, as in the class above."""
         shape = self._extended_shape(torch.Size(sample_shape))
         noise = _standard_normal(shape, dtype=self.loc.dtype, device=self.loc.device)

@@ -240,7 +240,8 @@ def build(task: str, seed: int, options: Mapping[str, Any]) -> Program:
         task: A task of :mod:`~benchmarks.speed.peers.problems`.
         seed: Seed of arrays that are not given, and of the draws.
         options: ``arrays``, ``guide``, ``batch``, ``data``, ``dtype``, ``lr``, ``adam``,
-            ``relax_steps``, ``step_size`` and ``momentum`` (of PCX's decoder); for the task ``"floor"`` only ``of``.
+            ``relax_steps``, ``step_size`` and ``momentum`` (of PCX's decoder); for the task
+            ``"floor"`` only ``of``.
     """
     if task == "floor":
         return _Floor(options)

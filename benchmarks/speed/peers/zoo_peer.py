@@ -6,9 +6,9 @@
     by="graph"      CompiledSVI or PredictiveCoding, captured
     by="inductor"   the same, compiled
 
-Predictive coding has no stock Pyro loop: there "eager" is what traces Pyro. The programs of PCX and
-FabricPC are written below; PCX's top latent has no prior, and momentum is none of the steps that
-this project's relaxation takes, so that comparison sets PCX's option momentum to zero.
+Predictive coding has no stock Pyro loop: there "eager" is what traces Pyro. The programs of PCX
+and FabricPC are written below; PCX's top latent has no prior, and momentum is none of the steps
+that this project's relaxation takes, so that comparison sets PCX's option momentum to zero.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from guides.inference import SVI, CompiledSVI, PredictiveCoding
 
 __all__ = ["build", "main"]
 
+_OPTIM: Any = pyro.optim  # its names are made when it is imported
+
 Tensors = dict[str, Tensor]
 
 _LOOPS = ("pyro", "eager", "graph", "inductor")
@@ -61,7 +63,7 @@ class _Steps:
     def advance(self, num_steps: int) -> float:
         """Make steps."""
         if isinstance(self.loop, (SVI, PredictiveCoding)):
-            calls = (self.args, {})
+            calls: Any = (self.args, {})
             losses = self.loop.run(num_steps, calls, progress=False).losses
             return float(losses[-1])
         loss = 0.0
@@ -91,7 +93,7 @@ def _gaussian(task: str, given: Tensors, by: str, guide_name: str) -> _Steps:
     tril = given["scale_tril"] if "scale_tril" in given else given["scale"].diag()
     with torch.no_grad():
         lam = family.of_gaussian(given["loc"], tril)
-        own.schemes["global"].table.copy_(lam)  # type: ignore[operator, union-attr]
+        own.schemes["global"].table.copy_(lam)  # type: ignore[operator]
         u, log_q = family.push(lam, given["noise"])
         rows, other = LogJoint(model, args, data_plate=None).packed({"global": u})
         loss = float(log_q - other - rows.sum())
@@ -100,7 +102,7 @@ def _gaussian(task: str, given: Tensors, by: str, guide_name: str) -> _Steps:
         autoguide = AutoNormal if guide_name == "normal" else AutoMultivariateNormal
         guide = autoguide(model, init_scale=0.1)
         guide(*args)
-    return _Steps(_svi(by, model, guide, pyro.optim.Adam({"lr": 0.01})), args, loss)
+    return _Steps(_svi(by, model, guide, _OPTIM.Adam({"lr": 0.01})), args, loss)
 
 
 def _decoder(given: Tensors) -> Any:
@@ -124,7 +126,7 @@ def _vae(given: Tensors, by: str) -> _Steps:
         u, log_q = family.push(lam, given["noise"])
         rows, _ = LogJoint(model, (x,)).packed({"data": u})
         loss = float((log_q - rows).sum())
-    return _Steps(_svi(by, model, guide, pyro.optim.Adam({"lr": 0.001})), (x,), loss)
+    return _Steps(_svi(by, model, guide, _OPTIM.Adam({"lr": 0.001})), (x,), loss)
 
 
 def _predictive_coding(
@@ -132,9 +134,7 @@ def _predictive_coding(
 ) -> _Steps:
     if by == "pyro":
         raise ValueError('Pyro has no predictive coding; by="eager" traces it at every update.')
-    loop = PredictiveCoding(
-        model, optim, num_steps=20, step_size=step_size, mode=by, **options
-    )
+    loop = PredictiveCoding(model, optim, num_steps=20, step_size=step_size, mode=by, **options)
     loss = loop.evaluate_loss(*args)
     return _Steps(loop, args, loss)
 
@@ -191,14 +191,12 @@ def _chain(task: str, given: Tensors, by: str) -> _Steps:
     x = given["x"]
     if task == "pcx_decoder":
         model: Any = _PCXDecoder("pcx_decoder", given)
-        optim = pyro.optim.AdamW({"lr": 3.401383559476183e-4, "weight_decay": 1.2514685116492747e-5})
-        steps = _predictive_coding(
-            model, (x,), by, optim, 0.019849750737164974, guide=model.start
-        )
+        optim = _OPTIM.AdamW({"lr": 3.401383559476183e-4, "weight_decay": 1.2514685116492747e-5})
+        steps = _predictive_coding(model, (x,), by, optim, 0.019849750737164974, guide=model.start)
         constant = _normal_constant(len(x), 128, 128, 784)
     else:
         model = _FabricClassifier("fabricpc_mnist", given)
-        optim = pyro.optim.AdamW({"lr": 0.001, "weight_decay": 0.1})
+        optim = _OPTIM.AdamW({"lr": 0.001, "weight_decay": 0.1})
         steps = _predictive_coding(model, (x, given["labels"]), by, optim, 0.05)
         constant = _normal_constant(len(x), 256, 64)
     steps.loss = steps.loss / len(x) - constant
@@ -233,7 +231,7 @@ def build(task: str, seed: int, options: Mapping[str, Any]) -> Program:
     if task == "vae":
         return _vae(given, by)
     if task == "pc":
-        optim = pyro.optim.Adam({"lr": 0.001})
+        optim = _OPTIM.Adam({"lr": 0.001})
         return _predictive_coding(_decoder(given), (given["x"],), by, optim, 0.02)
     return _chain(task, given, by)
 

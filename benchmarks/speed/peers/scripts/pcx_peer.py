@@ -190,7 +190,9 @@ def build(task: str, seed: int, options: Mapping[str, Any]) -> Program:
     """
     if task != "pcx_decoder":
         raise ValueError(f"PCX has no task {task!r}: pcx_decoder.")
-    options = options_of(options, arrays=None, batch=None, data=None, loop="unrolled", momentum=_MOMENTUM)
+    options = options_of(
+        options, arrays=None, batch=None, data=None, loop="unrolled", momentum=_MOMENTUM
+    )
     if options["loop"] not in ("unrolled", "scan"):
         raise ValueError(f'loop must be "unrolled" or "scan", got {options["loop"]!r}.')
     return _Training(load(task, seed, options), seed, options["loop"], float(options["momentum"]))
