@@ -77,7 +77,7 @@ def _case(what: str, size: int) -> tuple[CompiledSVI, tuple[Any, ...], int]:
     if what == "rows of a batch":
         model: Any = zoo.make("vae", x_dim=64, z_dim=8, hidden=(64,))
         args: tuple[Any, ...] = ((torch.rand(size, 64) > 0.5).float(),)
-        options = {"hidden": (64,)}
+        options: dict[str, Any] = {"hidden": (64,)}
         return _loop(model, args, "amortized_normal", options, steps_per_call=1), args, steps
     if what == "rows of the data":
         x = torch.randn(size, 8)
@@ -124,7 +124,10 @@ def run(path: str | Path = RECORDS, threads: int = 1) -> None:
             for size in sizes:
                 loop, args, steps = _case(what, size)
                 seconds = statistics.median(_timed(loop, args, steps))
-                values = {"ms": _digits(1e3 * seconds), "microseconds_each": _digits(1e6 * seconds / size)}
+                values = {
+                    "ms": _digits(1e3 * seconds),
+                    "microseconds_each": _digits(1e6 * seconds / size),
+                }
                 log.add(key={"what": what, "size": size}, values=values)
                 print(what, size, values, flush=True)
         _restarts(log)

@@ -183,7 +183,7 @@ class Kind:
         """What became of the kind."""
         return Compiled(
             mode="eager" if self.graph is None else self.mode,
-            reason=self.reason,
+            reason=self.reason or next((m.reason for m in self.made.values() if m.reason), None),
             num_nodes=0 if self.graph is None else self.graph.num_nodes,
             capture_seconds=self.capture_seconds,
             compile_seconds=sum(made.seconds for made in self.made.values()),

@@ -41,18 +41,19 @@ def as_calls() -> Iterator[None]:
         yield
 
 
-def choose_products(module: fx.GraphModule) -> int:
+def choose_products(module: fx.GraphModule, *, libraries: bool = True) -> bool:
     """Replace products that are faster by oneDNN on this machine.
 
     Args:
         module: A graph whose nodes carry shapes and strides, from
             :func:`guides.capture.graph.trace`.
+        libraries: Whether to choose between libraries at all.
 
     Returns:
-        How many were replaced.
+        Whether a product goes to oneDNN.
     """
     graph = module.graph
-    replaced = 0
+    replaced = False
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.mm.default:
             bias, (left, right) = None, node.args
@@ -67,9 +68,8 @@ def choose_products(module: fx.GraphModule) -> int:
             terms.meta = dict(node.meta)
             node.replace_all_uses_with(terms)
             graph.erase_node(node)
-            replaced += 1
             continue
-        if not _is_faster(left, right, bias):
+        if not libraries or not _is_faster(left, right, bias):
             continue
         with graph.inserting_before(node):
             weight = _transposed(graph, right)
@@ -77,7 +77,7 @@ def choose_products(module: fx.GraphModule) -> int:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        replaced += 1
+        replaced = True
     return replaced
 
 

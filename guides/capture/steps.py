@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from guides.capture.graph import CaptureError, Graph, share_equal_terms, trace
+from guides.capture.graph import Graph, share_equal_terms, trace
 from guides.capture.optimizers import Rule
 from guides.capture.products import as_calls, choose_products
 from guides.capture.restarts import Stack
@@ -57,7 +57,7 @@ def choose_mode(mode: str) -> tuple[str, str | None]:
 
 def lower(
     function: Callable[..., Any], inputs: Sequence[Tensor], mode: str, *, small: bool = False
-) -> Callable[..., Sequence[Tensor]]:
+) -> tuple[Callable[..., Sequence[Tensor]], str | None]:
     """What runs a function of tensors: its graph, or the compiled graph.
 
     Args:
@@ -66,34 +66,55 @@ def lower(
         mode: ``"graph"`` or ``"inductor"``.
         small: Whether calls are so short that what surrounds the kernels counts: it is compiled
             as well, then.
+
+    Returns:
+        What runs it, and why it is the graph where it should have been compiled.
     """
-    with torch.no_grad():
-        copies = [value.detach().clone() for value in inputs]
-        module = trace(function, copies)
+
+    def traced(*, libraries: bool) -> tuple[fx.GraphModule, bool]:
+        with torch.no_grad():
+            module = trace(function, [value.detach().clone() for value in inputs])
         share_equal_terms(module.graph)
-        choose_products(module)
+        chosen = choose_products(module, libraries=libraries)
         module.recompile()
-        if mode == "graph":
-            return module
-        from torch._guards import TracingContext, tracing
-        from torch._inductor import compile as compile_graph
-        from torch._inductor import config
-        from torch._subclasses import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+        return module, chosen
 
-        def compiled(**options: Any) -> Callable[..., Sequence[Tensor]]:
-            # The cache on disk, which later processes read, wants an environment of shapes.
-            shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
-            example: list[Any] = [
-                shapes.from_tensor(value, static_shapes=True) for value in inputs
-            ]
-            with config.patch({**_CONFIG, **options}), tracing(TracingContext(shapes)), as_calls():
-                return compile_graph(module, example)
+    if mode == "graph":
+        return traced(libraries=True)[0], None
+    on_cpu = all(value.device.type == "cpu" for value in inputs)
+    # What is faster may be more than the compiler can do with a graph: then without it.
+    attempts = [(True, {"cpp_wrapper": True})] if small and on_cpu else []
+    attempts += [(True, {}), (False, {})]
+    reason = ""
+    for libraries, options in attempts:
+        module, chosen = traced(libraries=libraries)
+        try:
+            # Patterns for packed weights would be looked for in products that are chosen.
+            return _compiled(module, inputs, {**options, "pattern_matcher": not chosen}), None
+        except Exception as error:
+            reason = f"compiling it raised {type(error).__name__}: {str(error).splitlines()[:1]}"
+    return traced(libraries=True)[0], reason
 
-        if small and all(value.device.type == "cpu" for value in inputs):
-            # Not every operation can be called from there.
-            return compiled(cpp_wrapper=True)
-        return compiled()
+
+def _compiled(
+    module: fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]
+) -> Callable[..., Sequence[Tensor]]:
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import compile as compile_graph
+    from torch._inductor import config
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    # The cache on disk, which later processes read, wants an environment of shapes.
+    shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
+    example: list[Any] = [shapes.from_tensor(value, static_shapes=True) for value in inputs]
+    settings = config.patch({**_CONFIG, **options})
+    with torch.no_grad(), settings, tracing(TracingContext(shapes)), as_calls():
+        run: Callable[..., Sequence[Tensor]] = compile_graph(module, example)
+        with torch.random.fork_rng(_devices()):
+            # The first call loads what was compiled; it must change nothing.
+            run(*(value.detach().clone() for value in inputs))
+    return run
 
 
 @dataclass
@@ -118,6 +139,7 @@ class Steps:
     stack: Stack | None = None
     small: bool = False
     seconds: float = 0.0
+    reason: str | None = None
     _run: Callable[..., Sequence[Tensor]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -252,15 +274,7 @@ class Steps:
 
     def _prepare(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         start = time.perf_counter()
-        try:
-            self._run = lower(function, inputs, self.mode, small=self.small)
-        except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise CaptureError(f"building its steps raised {first}") from error
-        if self.mode == "inductor":
-            # The first call loads what was compiled; it must change nothing.
-            with torch.no_grad(), torch.random.fork_rng(_devices()):
-                self._run(*(value.clone() for value in inputs))
+        self._run, self.reason = lower(function, inputs, self.mode, small=self.small)
         self.seconds = time.perf_counter() - start
 
     def __call__(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
