@@ -292,7 +292,7 @@ def _speed(found: Found) -> str:
             ratios = [found[task, name]["ratio"] for name in names if (task, name) in found]
             cells.append(f"{ratios[0]:.3g}" if ratios else "")
         rows.append(cells)
-    header = ["Task", "Compiled, ms a step", *_PEERS]
+    header = ["Task", "Compiled, ms a step", *(f"{name}, times" for name in _PEERS)]
     return table(header, rows, "l" + "r" * (len(header) - 1))
 
 

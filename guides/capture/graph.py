@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ import pyro
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental import proxy_tensor
+from torch.overrides import TorchFunctionMode
 
 from guides.capturing import capturing
 
@@ -30,6 +32,14 @@ __all__ = ["CaptureError", "Draw", "Graph", "capture_graph", "share_equal_terms"
 
 
 _NORMAL = torch.ops.aten.normal_.default
+_TRACING = threading.RLock()
+_LEAVES_TORCH = (
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.tolist,
+    Tensor.data_ptr,
+)
 
 
 class CaptureError(RuntimeError):
@@ -102,6 +112,12 @@ class Graph:
         return [draw() for draw in self.draws]
 
     @functools.cached_property
+    def constants(self) -> list[Tensor]:
+        """Tensors that are part of the graph."""
+        nodes = self.module.graph.nodes
+        return [_constant(self.module, node) for node in nodes if node.op == "get_attr"]
+
+    @functools.cached_property
     def num_nodes(self) -> int:
         """Operations in the graph."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
@@ -129,7 +145,7 @@ def capture_graph(
     """
     first = _capture(function, data, parameters)
     second = _capture(function, data, parameters)
-    if _text(first) != _text(second):
+    if not _agree(first, second):
         raise CaptureError(
             "the program runs other operations each time it is called (a counter, a random "
             "choice or a cache in Python)"
@@ -154,9 +170,12 @@ def _capture(
 
     # Inputs are wrapped, and a tensor that is both a parameter and an argument would be two.
     try:
-        with pyro.validation_enabled(False), capturing():
+        with pyro.validation_enabled(False), capturing(), _WithinTorch():
             module = trace(flat, [value.detach() for value in data])
-    except RuntimeError as error:
+    except CaptureError:
+        raise
+    except Exception as error:
+        # The program itself ran just before: what fails is the capture.
         raise CaptureError(_reason(error)) from error
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -177,6 +196,17 @@ def _capture(
         num_extras=num_extras[0],
         live=tuple(live),
     )
+
+
+class _WithinTorch(TorchFunctionMode):
+    """Refuse what leaves torch: results would be written down as constants, silently."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVES_TORCH:
+            raise CaptureError(
+                f"the program reads the values of a tensor outside of torch ({func.__name__})"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -257,13 +287,15 @@ def _targets(node: fx.Node) -> list[fx.Node]:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return []
-    return [
-        value
-        for argument, value in zip(schema.arguments, node.args, strict=False)
-        if argument.alias_info is not None
-        and argument.alias_info.is_write
-        and isinstance(value, fx.Node)
-    ]
+    names = [argument.name for argument in schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    found: list[fx.Node] = []
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = given.get(argument.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found += [item for item in values if isinstance(item, fx.Node)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -285,7 +317,11 @@ def _cheap_metadata() -> Iterator[None]:
     a capture and serves symbolic shapes alone.
     """
 
+    owner = threading.get_ident()
+
     def metadata(value: Any, include_real: bool = False) -> Any:
+        if threading.get_ident() != owner:
+            return original(value, include_real)
         if isinstance(value, Tensor):
             return _Metadata(tuple(value.shape), value.stride(), value.dtype, value.device)
         if isinstance(value, (list, tuple)):
@@ -295,8 +331,11 @@ def _cheap_metadata() -> Iterator[None]:
     if not hasattr(proxy_tensor, "extract_val"):
         yield
         return
-    with mock.patch.object(proxy_tensor, "extract_val", metadata):
-        yield
+    # One at a time: patches of two threads would not be undone in their order.
+    with _TRACING:
+        original = proxy_tensor.extract_val
+        with mock.patch.object(proxy_tensor, "extract_val", metadata):
+            yield
 
 
 def _reason(error: Exception) -> str:
@@ -308,13 +347,19 @@ def _reason(error: Exception) -> str:
     return f"capturing it raised {type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
-def _text(graph: Graph) -> str:
-    constants = []
-    for node in graph.module.graph.nodes:
-        if node.op == "get_attr":
-            value = _constant(graph.module, node)
-            constants.append((tuple(value.shape), value.dtype, value.detach().flatten().tolist()))
-    return graph.module.code + repr(constants) + repr(graph.learning)
+def _agree(first: Graph, second: Graph) -> bool:
+    """Whether two captures are one graph, with equal constants."""
+    if first.module.code != second.module.code or first.learning != second.learning:
+        return False
+    pairs = zip(first.constants, second.constants, strict=True)
+    return all(ours is theirs or _equal(ours, theirs) for ours, theirs in pairs)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    same = (first == second) | ((first != first) & (second != second))
+    return bool(same.all())
 
 
 def _constant(module: fx.GraphModule, node: fx.Node) -> Any:

@@ -17,6 +17,7 @@ from guides.capture.graph import CaptureError, Graph, capture_graph
 from guides.capture.optimizers import Rule, rule_of
 from guides.capture.restarts import Stack
 from guides.capture.steps import Steps
+from guides.capture.surroundings import Surroundings, called_modules, modules_of
 
 __all__ = ["Compiled", "Kind"]
 
@@ -24,9 +25,31 @@ _AUTO_NODES = 4000
 _MOST_STEPS = 16
 _MANY_NUMBERS = 20_000
 _TOLERANCE = {torch.float64: 1e-9}
+_MOST_CHANGES = 8
 
 Function = Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor]]]
-Setup = Callable[[], tuple[Function, list[Tensor], list[Tensor]]]
+Setup = Callable[[], "Program"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a graph is captured from.
+
+    Args:
+        function: Takes data tensors; returns a loss, gradients and further results.
+        data: The data of the first call.
+        touched: All parameters that the program touches, by name.
+        parameters: Those that may learn.
+        programs: Model and guide, for their modules.
+        alone: Whether nothing but ``parameters`` may want a gradient.
+    """
+
+    function: Function
+    data: list[Tensor]
+    touched: dict[str, Tensor]
+    parameters: list[Tensor]
+    programs: tuple[Any, ...]
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +75,7 @@ class Kind:
     """Calls that one graph serves.
 
     Args:
-        setup: Returns a function of data tensors to a loss, gradients and further results; the
-            data of the first call; and the parameters. May raise :class:`CaptureError`.
+        setup: Returns what to capture. May raise :class:`CaptureError`.
         optim: The optimizer.
         mode: ``"inductor"`` or ``"graph"``.
         reason: Why the mode is not the one that was asked for.
@@ -81,17 +103,54 @@ class Kind:
         self.num_numbers = 0
         self.rules: list[Rule] = []
         self.made: dict[tuple[int, str], Steps] = {}
+        self.capture_seconds = 0.0
+        self._changes = 0
+        self._idle: list[Tensor] = []
+        self._marked = False
+        self._around: Surroundings | None = None
+        self._try(setup)
+
+    def _try(self, setup: Setup) -> None:
         start = time.perf_counter()
+        self.graph = None
         try:
             self._capture(setup)
         except CaptureError as error:
             self.graph, self.reason = None, str(error)
-        self.capture_seconds = time.perf_counter() - start
+        except Exception as error:
+            # What is wrong with the program itself, its eager step says.
+            first = (str(error).splitlines() or [""])[0][:160]
+            self.graph, self.reason = None, f"capturing it raised {type(error).__name__}: {first}"
+        self.capture_seconds += time.perf_counter() - start
+
+    def is_current(self) -> bool:
+        """Whether the graph, where there is one, is still that of the program."""
+        if self.graph is None or self._around is None:
+            return True
+        # Pyro leaves zeros behind: whatever learned once is moved by every later step.
+        return self._around.are_current() and all(p.grad is None for p in self._idle)
+
+    def renew(self, setup: Setup) -> None:
+        """Capture again, because what the graph depends on has changed."""
+        self._changes += 1
+        self.made.clear()
+        self._marked = False
+        if self._changes > _MOST_CHANGES:
+            self.graph = None
+            self.reason = (
+                "what it depends on beside its arguments (a number or a buffer of a module, a "
+                f"mode, the store) changed more than {_MOST_CHANGES} times: pass what moves as a "
+                "tensor"
+            )
+            return
+        self._try(setup)
 
     def _capture(self, setup: Setup) -> None:
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices):
-            function, data, self.parameters = setup()
+        with torch.random.fork_rng(devices), called_modules() as called:
+            program = setup()
+            data, self.parameters = program.data, program.parameters
+            function = _with_zeros(program.function, self.parameters)
             self.num_numbers = sum(tensor.numel() for tensor in (*self.parameters, *data))
             if not self.parameters:
                 raise CaptureError("there are no parameters to learn")
@@ -101,7 +160,16 @@ class Kind:
             _check(graph, function, data, self.parameters)
         if self.stack is not None and graph.live:
             raise CaptureError(f"{graph.live[0]} draws by the value of a parameter")
+        if program.alone and any(constant.requires_grad for constant in graph.constants):
+            raise CaptureError(
+                "it reads a tensor that requires a gradient and is no parameter of Pyro's store "
+                "(register its module with pyro.module)"
+            )
         self.graph = graph
+        learning = set(graph.learning)
+        self._idle = [p for i, p in enumerate(self.parameters) if i not in learning]
+        modules = [*modules_of(*program.programs), *called.values()]
+        self._around = Surroundings(modules, program.touched, graph.constants)
         self._read_rules()
         if self.stack is not None and not self.rules:
             raise CaptureError(str(self.reason))
@@ -137,10 +205,10 @@ class Kind:
             The losses before each of them, and further results after the last.
         """
         assert self.graph is not None
+        if self.rules and self._is_outdated():
+            self._read_rules()
         if not self.rules:
             return self._with_eager_optimizer(data)
-        if self._is_outdated():
-            self._read_rules()
         per_call = self.per_call
         num_steps = per_call if most is not None and most >= per_call else 1
         mode = self.mode
@@ -153,7 +221,22 @@ class Kind:
             self.made[key] = Steps(
                 self.graph, self.rules, self.parameters, num_steps, mode, self.stack, small
             )
-        return self.made[key](data)
+        try:
+            found = self.made[key](data)
+        except CaptureError as error:
+            if mode != "inductor":
+                raise
+            # No steps were made: they are made by the graph as it is.
+            self.mode, self.reason = "graph", f"compiling it failed: {error}"
+            self.made.clear()
+            return self.steps(data, most)
+        if not self._marked:
+            self._marked = True
+            for place in self.graph.learning:
+                parameter = self.parameters[place]
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return found
 
     def _is_outdated(self) -> bool:
         """Whether optimizers were replaced, restored or given other options."""
@@ -188,6 +271,22 @@ class Kind:
             capture_seconds=self.capture_seconds,
             compile_seconds=sum(made.seconds for made in self.made.values()),
         )
+
+
+def _with_zeros(function: Function, parameters: Sequence[Tensor]) -> Function:
+    """Gradients of zero for what learned in earlier calls, as Pyro's steps leave them behind."""
+    learned = [parameter.grad is not None for parameter in parameters]
+
+    def filled(*data: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        loss, grads, extras = function(*data)
+        triples = zip(grads, learned, parameters, strict=True)
+        return (
+            loss,
+            [torch.zeros_like(p) if g is None and known else g for g, known, p in triples],
+            extras,
+        )
+
+    return filled
 
 
 def _eager(function: Function, data: Sequence[Tensor]) -> list[Tensor]:

@@ -13,9 +13,11 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.optim import _load_state_dict
 from torch import Tensor
 
 __all__ = ["Rule", "optimizer_of", "rule_of"]
@@ -50,6 +52,10 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def coefficients(self, num_steps: int) -> Tensor:
         """The numbers of the next steps ``(num_steps, C)``, in float64. Changes nothing."""
+
+    def count(self) -> Any:
+        """Steps made so far, and all else that coefficients of equal options depend on."""
+        return float(self.state.get("step", 0.0))
 
     @abc.abstractmethod
     def advance(self, num_steps: int) -> None:
@@ -159,6 +165,9 @@ class _SGD(Rule):
             rows[0, 1] = 1.0
         return rows
 
+    def count(self) -> Any:
+        return self.state.get("_fresh", False)
+
     def advance(self, num_steps: int) -> None:
         self.state.pop("_fresh", None)
 
@@ -192,10 +201,18 @@ _RULES: dict[type, type[Rule]] = {
 def optimizer_of(optim: PyroOptim, parameter: Tensor) -> torch.optim.Optimizer:
     """The torch optimizer that Pyro keeps for a parameter, made as Pyro makes it."""
     if parameter not in optim.optim_objs:
-        # With no gradient there is nothing to update, but the optimizer gets made and restored.
-        kept, parameter.grad = parameter.grad, None
-        optim([parameter])
-        parameter.grad = kept
+        # As in the optimizer's own call, without the step: that of ClippedAdam decays its rate.
+        made = optim._get_optim(parameter)
+        name = pyro.get_param_store().param_name(parameter)
+        state = optim._state_waiting_to_be_consumed.pop(name, None)
+        if state is not None:
+            _load_state_dict(made, state)
+        optim.optim_objs[parameter] = made
+        optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
+        inner = getattr(made, "optimizer", None)
+        if inner is not None:
+            # A scheduler warns where no step was made before its own.
+            inner._opt_called = True
     return optim.optim_objs[parameter]
 
 
@@ -208,6 +225,8 @@ def rule_of(optim: PyroOptim, parameter: Tensor) -> Rule | str:
     found = _RULES.get(type(optimizer))
     if found is None:
         return f"optimizer {type(optimizer).__name__} has no formula here"
+    if parameter.dtype not in (torch.float32, torch.float64):
+        return f"parameters of {parameter.dtype} are updated in another precision"
     group = optimizer.param_groups[0]
     if group.get("amsgrad") or isinstance(group["lr"], Tensor):
         return "amsgrad, or a learning rate that is a tensor"

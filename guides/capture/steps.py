@@ -153,8 +153,7 @@ class Steps:
             for parameter in self.learning:
                 self.stack.parameter(parameter)
         self.signature = self._signature()
-        # Parameters whose coefficients agree now agree forever: the same formula, options and
-        # number of steps made.
+        # Parameters whose coefficients agree now agree as long as they make the same steps.
         self._table: list[int] = []
         self._leaders: list[Rule] = []
         known: dict[Any, int] = {}
@@ -184,9 +183,10 @@ class Steps:
 
     def is_current(self) -> bool:
         """Whether the optimizers are still those that the graph was made for."""
-        lead = {id(rule): rule.group["lr"] for rule in self._leaders}
+        # Steps of other calls may have moved some of the parameters only.
+        lead = [(rule.group["lr"], rule.count()) for rule in self._leaders]
         return all(
-            rule.group["lr"] == lead[id(self._leaders[place])] and rule.fixed == rule.signature[1:]
+            (rule.group["lr"], rule.count()) == lead[place] and rule.fixed == rule.signature[1:]
             for rule, place in zip(self.rules, self._table, strict=True)
         )
 
@@ -279,9 +279,12 @@ class Steps:
 
     def __call__(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Make the steps; returns the losses before each of them, and the extras of the last."""
-        inputs = self._inputs(data, self._noise())
         if self._run is None:
-            self._prepare(self._function, inputs)
+            # Where that fails, the stream is where the program goes on from.
+            with torch.random.fork_rng(_devices()):
+                example = self._inputs(data, self._noise())
+            self._prepare(self._function, example)
+        inputs = self._inputs(data, self._noise())
         assert self._run is not None
         with torch.no_grad():
             losses, *extras = self._run(*inputs)
@@ -293,9 +296,11 @@ class Steps:
     def gradients(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The loss, its gradients and the extras, without a step."""
         values = [parameter.detach() for parameter in self.parameters]
-        inputs = [*values, *data, *self.graph.noise()]
         if self._run is None:
-            self._prepare(self._all, inputs)
+            with torch.random.fork_rng(_devices()):
+                example = [*values, *data, *self.graph.noise()]
+            self._prepare(self._all, example)
+        inputs = [*values, *data, *self.graph.noise()]
         assert self._run is not None
         with torch.no_grad():
             loss, *results = self._run(*inputs)

@@ -131,13 +131,21 @@ class _Gaussian(dist.MultivariateNormal):
         value: Tensor = self.loc + (self._unbroadcasted_scale_tril @ noise.unsqueeze(-1)).squeeze(
             -1
         )
-        self._drawn = (value, noise)
+        version = None if value.is_inference() else value._version
+        self._drawn = (value, noise, version, torch.is_grad_enabled())
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density; of the last draw through its noise, which is the same function."""
         drawn = getattr(self, "_drawn", None)
         if drawn is None or drawn[0] is not value:
+            return super().log_prob(value)
+        _, _, version, followed = drawn
+        # A draw without gradient is a fixed point, whose density has another derivative; and a
+        # draw may have been written over.
+        if torch.is_grad_enabled() and not followed:
+            return super().log_prob(value)
+        if version != (None if value.is_inference() else value._version):
             return super().log_prob(value)
         diagonal = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1)
         return standard_normal_log_prob(drawn[1]) - diagonal.log().sum(-1)

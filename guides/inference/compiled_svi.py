@@ -10,16 +10,19 @@ from typing import Any
 
 import pyro.optim
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from guides.capture.arguments import Arguments, flatten
+from guides.capture.arguments import refuse as refuse_arguments
 from guides.capture.graph import CaptureError
-from guides.capture.kind import Compiled, Kind
+from guides.capture.kind import Compiled, Kind, Program
 from guides.capture.losses import loss_and_grads, refuse
 from guides.capture.restarts import Stack
 from guides.capture.steps import choose_mode
 from guides.inference.checks import capture
 from guides.inference.running import Run, Stop, run
+from guides.inference.running import _state as saved
 from guides.inference.svi import SVI
 
 __all__ = ["Compiled", "CompiledSVI"]
@@ -116,6 +119,7 @@ class CompiledSVI(SVI):
         self._kinds: dict[Any, Kind] = {}
         self._stack = None if num_restarts is None else Stack(num_restarts, jitter)
         self._last: tuple[tuple[Any, ...], Arguments] | None = None
+        self._programs: tuple[Any, ...] = (model, guide, loss)
         self.restart_losses: list[list[float]] = []
 
     @property
@@ -133,7 +137,12 @@ class CompiledSVI(SVI):
         if self._stack is not None and not self._checked:
             # All runs make the same number of steps, so checks must not cost one.
             self._check({"guide": self.guide, "model": self.model}, args, kwargs)
-        return not self._checked or self.mode == "eager"
+        if _PYRO_STACK and self._stack is not None:
+            raise RuntimeError(
+                "Restarts cannot be made inside a handler of Pyro's, which a graph does not see. "
+                "Apply the handler to the model or the guide."
+            )
+        return not self._checked or self.mode == "eager" or bool(_PYRO_STACK)
 
     def run(
         self,
@@ -156,7 +165,10 @@ class CompiledSVI(SVI):
                 "more steps to go on, and leave state= out."
             )
         result = run(self, num_steps, batches, stop=stop, progress=progress)
-        self.select(self.best)
+        if self.restart_losses:
+            self.select(self.best)
+            # The state is that of the run in the parameters, for SVI to go on from.
+            result.state = saved(self, result.losses)
         return result
 
     @property
@@ -227,9 +239,18 @@ class CompiledSVI(SVI):
     def _steps(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], most: int | None
     ) -> list[float]:
+        programs = (self.model, self.guide, self.objective)
+        if not all(map(operator.is_, programs, self._programs)):
+            self._kinds.clear()
+            self._programs = programs
         arguments = self._arguments(args, kwargs)
         kind = self._kinds.get(arguments.key)
         if kind is None and len(self._kinds) >= _MOST_KINDS:
+            if self._stack is not None:
+                raise RuntimeError(
+                    f"Restarts need a graph, and {_MOST_KINDS} kinds of calls were captured "
+                    "already. Pass numbers that change as tensors, and batches of few sizes."
+                )
             # Arguments that differ in every call would be captured for ever.
             warnings.warn(
                 f"{_MOST_KINDS} kinds of calls were captured, and this is another one; it "
@@ -247,6 +268,9 @@ class CompiledSVI(SVI):
                 steps_per_call=self.steps_per_call,
                 stack=self._stack,
             )
+        kind.optim = self.optim
+        if not kind.is_current():
+            kind.renew(lambda: self._setup(arguments))
         if kind.graph is None:
             if self._stack is not None:
                 raise RuntimeError(
@@ -264,34 +288,45 @@ class CompiledSVI(SVI):
         """The call taken apart; not again, where it is the very call before."""
         if self._last is not None:
             values, known = self._last
-            given = (*args, *kwargs, *kwargs.values())
+            given = (len(args), *args, *kwargs, *kwargs.values())
             if len(given) == len(values) and all(map(operator.is_, given, values)):
                 return known
         arguments = flatten(args, kwargs)
         # What holds other values may change inside.
         plain = all(isinstance(v, (Tensor, str, int, float)) for v in (*args, *kwargs.values()))
-        values = (*args, *kwargs, *kwargs.values())
+        values = (len(args), *args, *kwargs, *kwargs.values())
         self._last = (values, arguments) if plain else None
         return arguments
 
-    def _setup(self, arguments: Arguments) -> Any:
-        refused = refuse(self.objective)
+    def _setup(self, arguments: Arguments) -> Program:
+        refused = refuse(self.objective) or refuse_arguments(arguments)
         if refused is not None:
             raise CaptureError(refused)
         args, kwargs = arguments.build(arguments.tensors)
-        used: dict[int, Tensor] = {}
+        touched: dict[str, Tensor] = {}
         for program in (self.guide, self.model):
-            used.update({id(t): t for t in capture(program, args, kwargs).values()})
-        parameters = [tensor for tensor in used.values() if tensor.requires_grad]
+            touched.update(capture(program, args, kwargs))
+        used = {id(tensor): tensor for tensor in touched.values()}.values()
+        # Pyro's optimizers go on with what was frozen after it learned.
+        parameters = [t for t in used if t.requires_grad or t.grad is not None]
+        wanted = [tensor for tensor in parameters if tensor.requires_grad]
 
         def function(*data: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
             given, named = arguments.build(data)
-            loss, grads = loss_and_grads(
-                self.objective, self.model, self.guide, given, named, parameters
+            loss, found = loss_and_grads(
+                self.objective, self.model, self.guide, given, named, wanted
             )
-            return loss, grads, []
+            grads = {id(tensor): grad for tensor, grad in zip(wanted, found, strict=True)}
+            return loss, [grads.get(id(tensor)) for tensor in parameters], []
 
-        return function, arguments.tensors, parameters
+        return Program(
+            function,
+            arguments.tensors,
+            touched,
+            parameters,
+            (self.model, self.guide),
+            alone=True,
+        )
 
 
 def _finite_mean(losses: list[float]) -> float:

@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,10 @@ from pyro.infer.util import zero_grads
 from torch import Tensor
 
 from guides import location_scale
-from guides.capture.arguments import Arguments, flatten
+from guides.capture.arguments import Arguments, flatten, refuse
 from guides.capture.graph import CaptureError
 from guides.capture.kind import Compiled, Kind
+from guides.capture.kind import Program as Captured
 from guides.capture.steps import choose_mode
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
@@ -46,6 +48,7 @@ from guides.probe import Program
 __all__ = ["PredictiveCoding", "SiteState"]
 
 _REFRESH = 50
+_MOST_KINDS = 8
 
 
 @dataclass(frozen=True)
@@ -222,25 +225,40 @@ class PredictiveCoding:
     def _compiled_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
         """The step by a graph; None where no graph stands for it."""
         arguments = flatten(args, kwargs)
-        kind = self._kinds.get(arguments.key)
+        key = (arguments.key, *self._settings())
+        kind = self._kinds.get(key)
+        if kind is None and len(self._kinds) >= _MOST_KINDS:
+            warnings.warn(
+                f"{_MOST_KINDS} kinds of calls were captured, and this is another one; it "
+                "runs eagerly. Pass numbers that change as tensors, and batches of few sizes.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return None
         if kind is None:
-            kind = self._kinds[arguments.key] = Kind(
-                lambda: self._setup(arguments),
+            kind = self._kinds[key] = Kind(
+                lambda: self._setup(arguments, key),
                 self.optim,
                 mode=self.mode,
                 reason=self._fallback,
             )
+        kind.optim = self.optim
+        if not kind.is_current():
+            kind.renew(lambda: self._setup(arguments, key))
         if kind.graph is None:
             return None
         if self._curvature is not None and self._steps % _REFRESH == 0:
-            log_joint = self._log_joint(args, kwargs)
-            packed, moved = self._start_packed(log_joint)
-            self._cached_curvature(log_joint, packed, moved)
+            devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+            # The rows and the start that the step itself draws.
+            with torch.random.fork_rng(devices):
+                log_joint = self._log_joint(args, kwargs)
+                packed, moved = self._start_packed(log_joint)
+                self._cached_curvature(log_joint, packed, moved)
         state, names = self._state_tensors()
         losses, extras = kind.steps([*arguments.tensors, *state], None)
         if self._globals is not None:
             self._globals = dict(zip(names, extras, strict=True))
-        self.gradient_evaluations += self._cost[arguments.key]
+        self.gradient_evaluations += self._cost[key]
         self._steps += 1
         return float(losses)
 
@@ -251,7 +269,26 @@ class PredictiveCoding:
         kept = [] if self._globals is None else list(self._globals.values())
         return [*curvatures, *kept], names
 
-    def _setup(self, arguments: Arguments) -> Any:
+    def _settings(self) -> tuple[Any, ...]:
+        """What a step depends on in this object, and which state it has."""
+        return (
+            id(self.model),
+            id(self.guide),
+            self.num_steps,
+            self.step_size,
+            self.parameterization,
+            self.jacobian,
+            self.data_plate,
+            self.tolerance,
+            self.global_rate,
+            None if self._curvature is None else tuple(self._curvature),
+            None if self._globals is None else tuple(self._globals),
+        )
+
+    def _setup(self, arguments: Arguments, key: Any) -> Captured:
+        refused = refuse(arguments)
+        if refused is not None:
+            raise CaptureError(refused)
         if self.tolerance:
             raise CaptureError("tolerance ends a relaxation by the values of its gradients")
         args, kwargs = arguments.build(arguments.tensors)
@@ -274,12 +311,14 @@ class PredictiveCoding:
             try:
                 energy, grads = self._energy_and_grads(given, named, parameters)
                 moved = [] if self._globals is None else [self._globals[n] for n in names]
-                self._cost[arguments.key] = self.gradient_evaluations - before[3]
+                self._cost[key] = self.gradient_evaluations - before[3]
             finally:
                 self._curvature, self._globals, self._steps, self.gradient_evaluations = before
             return energy, grads, moved
 
-        return function, [*arguments.tensors, *state], parameters
+        return Captured(
+            function, [*arguments.tensors, *state], used, parameters, (self.model, self.guide)
+        )
 
     def _energy_and_grads(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[Tensor]
