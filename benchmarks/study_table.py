@@ -86,6 +86,19 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _curve(values: Sequence[Any]) -> str:
+    """A curve, or several: where it begins and ends, and its number of points."""
+    ends = []
+    for value in values:
+        points = [point[-1] if isinstance(point, list) else point for point in value or []]
+        if points:
+            ends.append((points[0], points[-1], len(points)))
+    if not ends:
+        return DASH
+    first, last, count = (sum(column) / len(ends) for column in zip(*ends, strict=True))
+    return f"from {_number(first)} to {_number(last)} in {round(count)} points"
+
+
 def cells(study: Study) -> tuple[list[str], list[list[str]]]:
     """Return the headings and rows of a study's table.
 
@@ -105,7 +118,9 @@ def cells(study: Study) -> tuple[list[str], list[list[str]]]:
     rows = []
     for members in groups.values():
         row = [_text(members[0].get("key", {}).get(name, DASH)) for name in keys]
-        row += [_cell([_values(record).get(name) for record in members]) for name in names]
+        for name in names:
+            column = [_values(record).get(name) for record in members]
+            row.append(_curve(column) if name == "curve" else _cell(column))
         if over:
             row.append(str(len(members)))
         spent = [record.get("seconds") or 0.0 for record in members]

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks import read_records, write_report
+from benchmarks import read_records, study_table, write_report
 from benchmarks.charts import cost_chart, interval, signed, span
 from benchmarks.convergence import Rise
 from benchmarks.differences import Estimate, paired
@@ -696,3 +696,11 @@ def test_every_guide_of_the_grid_is_described():
         )
         assert not text.startswith("Pyro"), f"no words for {method.family!r}"
         assert method.scheme not in text, f"no words for {method.scheme!r}"
+
+
+def test_a_curve_is_told_by_its_ends():
+    """Lists of losses, or of pairs of step and loss, of one seed or of several."""
+    assert study_table._curve([[3.0, 2.0, 1.0]]) == "from 3 to 1 in 3 points"
+    pairs = [[[5, 4.0], [10, 2.0]], [[5, 2.0], [10, 1.0], [15, 0.0], [20, 0.0]]]
+    assert study_table._curve(pairs) == "from 3 to 1 in 3 points"
+    assert study_table._curve([None]) == study_table.DASH
