@@ -96,6 +96,47 @@ def test_persistent_globals_and_curvatures_pass_through_the_graph(minibatch: boo
     assert set(loop.get_state()["globals"]) == {"loc"}
 
 
+def test_a_guide_that_draws_the_start_draws_once_a_step() -> None:
+    """A refresh of the curvature sees the start of its step, and draws no other."""
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def build() -> Any:
+        holder = torch.nn.Module()
+        holder.scale = torch.nn.Parameter(torch.tensor([1.5, 0.5]))
+
+        def model(x: torch.Tensor) -> None:
+            pyro.module("scale", holder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.StudentT(3.0, z * holder.scale, 1.0).to_event(1), obs=x)
+
+        return model
+
+    check(build, [((x,), {})], steps=53, guide=guide)
+
+
+def test_settings_that_change_are_used() -> None:
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+
+    def losses(mode: str) -> list[float]:
+        with pyro.get_param_store().scope():
+            pyro.set_rng_seed(1)
+            model = regression(torch.nn.Parameter(torch.tensor([1.5, 0.5])))
+            optim = pyro.optim.Adam({"lr": 0.1})
+            loop = PredictiveCoding(model, optim, num_steps=1, mode=mode)
+            found = [loop.step(x) for _ in range(3)]
+            loop.num_steps = 6
+            found += [loop.step(x) for _ in range(3)]
+            loop.optim = pyro.optim.SGD({"lr": 0.01})
+            return found + [loop.step(x) for _ in range(3)]
+
+    assert losses("graph") == pytest.approx(losses("eager"), rel=1e-9)
+
+
 def test_a_run_resumes() -> None:
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
 

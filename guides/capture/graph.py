@@ -33,13 +33,7 @@ __all__ = ["CaptureError", "Draw", "Graph", "capture_graph", "share_equal_terms"
 
 _NORMAL = torch.ops.aten.normal_.default
 _TRACING = threading.RLock()
-_LEAVES_TORCH = (
-    Tensor.numpy,
-    Tensor.__array__,
-    Tensor.__dlpack__,
-    Tensor.tolist,
-    Tensor.data_ptr,
-)
+_LEAVES_TORCH = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
 
 
 class CaptureError(RuntimeError):
@@ -316,7 +310,6 @@ def _cheap_metadata() -> Iterator[None]:
     torch makes a mode of fake tensors for every operation, which takes two thirds of the time of
     a capture and serves symbolic shapes alone.
     """
-
     owner = threading.get_ident()
 
     def metadata(value: Any, include_real: bool = False) -> Any:

@@ -169,7 +169,9 @@ class Kind:
         learning = set(graph.learning)
         self._idle = [p for i, p in enumerate(self.parameters) if i not in learning]
         modules = [*modules_of(*program.programs), *called.values()]
-        self._around = Surroundings(modules, program.touched, graph.constants)
+        # Uncompiled graphs read such tensors live.
+        fixed = [c for c in graph.constants if self.mode == "inductor" or not c.requires_grad]
+        self._around = Surroundings(modules, program.touched, fixed)
         self._read_rules()
         if self.stack is not None and not self.rules:
             raise CaptureError(str(self.reason))
@@ -221,15 +223,7 @@ class Kind:
             self.made[key] = Steps(
                 self.graph, self.rules, self.parameters, num_steps, mode, self.stack, small
             )
-        try:
-            found = self.made[key](data)
-        except CaptureError as error:
-            if mode != "inductor":
-                raise
-            # No steps were made: they are made by the graph as it is.
-            self.mode, self.reason = "graph", f"compiling it failed: {error}"
-            self.made.clear()
-            return self.steps(data, most)
+        found = self.made[key](data)
         if not self._marked:
             self._marked = True
             for place in self.graph.learning:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions.util import is_identically_zero
 from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
@@ -86,10 +87,13 @@ def loss_and_grads(
 
 def _check_reparameterized(trace: Trace) -> None:
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
+        if site["type"] != "sample" or site_is_subsample(site):
             continue
         fn: Any = site["fn"]
-        if not fn.has_rsample:
+        parts: Any = site["score_parts"]
+        # Some that are reparameterized in part, or given a value, have a score term as well.
+        scored = not is_identically_zero(parts.score_function)
+        if scored or not (site["is_observed"] or fn.has_rsample):
             raise CaptureError(
                 f"site {name!r} of the guide is not reparameterized ({type(fn).__name__})"
             )

@@ -208,7 +208,7 @@ def optimizer_of(optim: PyroOptim, parameter: Tensor) -> torch.optim.Optimizer:
         if state is not None:
             _load_state_dict(made, state)
         optim.optim_objs[parameter] = made
-        optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
+        optim.grad_clip[parameter] = optim._get_grad_clip(parameter)  # type: ignore[arg-type]
         inner = getattr(made, "optimizer", None)
         if inner is not None:
             # A scheduler warns where no step was made before its own.

@@ -274,13 +274,15 @@ class Steps:
 
     def _prepare(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         start = time.perf_counter()
-        self._run, self.reason = lower(function, inputs, self.mode, small=self.small)
+        # Draws that stay in the graph are made while it is traced; they are not the program's.
+        with torch.random.fork_rng(_devices()):
+            self._run, self.reason = lower(function, inputs, self.mode, small=self.small)
         self.seconds = time.perf_counter() - start
 
     def __call__(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Make the steps; returns the losses before each of them, and the extras of the last."""
         if self._run is None:
-            # Where that fails, the stream is where the program goes on from.
+            # Draws of an example, which are not the program's.
             with torch.random.fork_rng(_devices()):
                 example = self._inputs(data, self._noise())
             self._prepare(self._function, example)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 __all__ = ["Surroundings", "called_modules", "modules_of"]
@@ -22,7 +22,8 @@ def called_modules() -> Iterator[dict[int, nn.Module]]:
     found: dict[int, nn.Module] = {}
 
     def note(module: nn.Module, args: Any) -> None:
-        found[id(module)] = module
+        if not isinstance(module, fx.GraphModule):  # a graph that is being checked
+            found[id(module)] = module
 
     handle = nn_module.register_module_forward_pre_hook(note)
     try:
@@ -58,11 +59,13 @@ class Surroundings:
     ) -> None:
         unique = {id(module): module for module in modules}.values()
         self._names = list(parameters)
-        self._parameters = list(parameters.values())
+        own_parameters = [p for m in unique for p in m._parameters.values() if p is not None]
+        everything = (*parameters.values(), *own_parameters, *constants)
+        self._parameters = list({id(t): t for t in everything}.values())
         # What a compiler has built in changes with its version alone.
         buffers = [b for m in unique for b in m._buffers.values() if b is not None]
         values = {id(t): t for t in (*constants, *buffers)}.values()
-        self._versioned = [t for t in values if not t.is_inference() and not t.requires_grad]
+        self._versioned = [t for t in values if not t.is_inference()]
         self._plain: list[tuple[dict[str, Any], str]] = []
         self._tensors: list[tuple[dict[str, Any], str]] = []
         for module in unique:

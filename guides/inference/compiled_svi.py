@@ -43,9 +43,10 @@ class CompiledSVI(SVI):
     values, draws that are not reparameterized, objectives and optimizers that are not known here.
     Another shape of the data, as that of a ragged last batch, gets a graph of its own.
 
-    Python code of the program runs at the capture only. A program whose Python state moves (a
-    counter for annealing, a buffer that is assigned anew) is not one to compile: pass what moves
-    as a tensor argument.
+    Python code of the program runs at the capture only. Frozen or replaced parameters, and other
+    numbers, buffers or modes of modules are noticed and captured again, a few times; other Python
+    state that moves (a global flag, a counter in a closure) is not seen: pass what moves as a
+    tensor argument.
 
     Args:
         model: Any Pyro program.
