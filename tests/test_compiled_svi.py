@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -471,7 +472,7 @@ def test_bad_options_are_refused() -> None:
     fields = (regression, normal_guide, pyro.optim.Adam({}), Trace_ELBO())
     with pytest.raises(ValueError, match="mode must be one of auto, inductor, graph, eager"):
         CompiledSVI(*fields, mode="jit")
-    with pytest.raises(ValueError, match="steps_per_call must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps_per_call must be at least 1, an integer; got 0"):
         CompiledSVI(*fields, steps_per_call=0)
 
 
@@ -800,7 +801,7 @@ def test_restarts_refuse_what_they_cannot_do() -> None:
     with pytest.raises(RuntimeError, match=r"Restarts need a graph.*reads the value"):
         svi.run(3, ((x,), {}))
     fields = (regression, normal_guide, optim, Trace_ELBO())
-    with pytest.raises(ValueError, match="num_restarts must be at least 1"):
+    with pytest.raises(ValueError, match="num_restarts must be at least 1, an integer; got 0"):
         CompiledSVI(*fields, num_restarts=0)
     with pytest.raises(ValueError, match="Restarts are made in one graph"):
         CompiledSVI(*fields, num_restarts=2, mode="eager")
@@ -824,3 +825,106 @@ def test_svi_goes_on_from_the_best_restart() -> None:
     assert result.state["params"].keys() == set(store)
     for name, value in result.state["params"].items():
         torch.testing.assert_close(value, store[name].unconstrained().detach())
+
+
+# ---------------------------------------------------------------- what a new user ran into
+
+
+def lengths(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x[:, : max(y.tolist())]
+
+
+def kept(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x[x > 0]
+
+
+def counted(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x[: len(torch.unique(y))]
+
+
+def chosen(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x[(x[:, 0] > 0).nonzero().flatten()]
+
+
+@pytest.mark.parametrize("select", [lengths, kept, counted, chosen], ids=lambda f: f.__name__)
+def test_shapes_that_depend_on_values_run_eagerly(select: Any) -> None:
+    """Another batch of the same shape keeps other rows: the steps are those of SVI."""
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    batches = [(x, torch.tensor([1, 2, 3])), (-2 * x, torch.tensor([4, 6, 6]))]
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        rows = select(x, y)
+        fn = dist.Normal(z, 1.0).expand(rows.shape).to_event(rows.dim())
+        pyro.sample("x", fn, obs=rows)
+
+    def guide(x: torch.Tensor, y: torch.Tensor) -> None:
+        normal_guide(x)
+
+    def losses(cls: type, **options: Any) -> list[float]:
+        with pyro.get_param_store().scope():
+            svi = cls(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), **options)
+            pyro.set_rng_seed(0)
+            return [svi.step(*batches[i // 4]) for i in range(8)]
+
+    assert losses(CompiledSVI, mode="graph") == pytest.approx(losses(SVI), rel=1e-6)
+
+
+def test_draws_outside_of_torch_run_eagerly_and_are_kept() -> None:
+    def model(x: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = 1.0 if random.random() < 0.9 else 50.0
+        pyro.sample("x", dist.Normal(z, scale).expand([len(x)]).to_event(1), obs=x)
+
+    def losses(cls: type, **options: Any) -> list[float]:
+        with pyro.get_param_store().scope():
+            optim = pyro.optim.Adam({"lr": 0.1})
+            svi = cls(model, normal_guide, optim, Trace_ELBO(), **options)
+            pyro.set_rng_seed(0)
+            return [svi.step(torch.ones(5)) for _ in range(20)]
+
+    assert losses(CompiledSVI, mode="graph") == losses(SVI)
+
+
+def test_restarts_made_step_by_step_are_in_the_parameters() -> None:
+    svi, x, guide = restarted(jitter=1.0)
+    for _ in range(150):
+        svi.step(x)
+    assert abs(float(guide.locations(x)["z"].detach())) == pytest.approx(2.0, abs=0.2)
+
+
+def test_data_that_are_no_numbers_move_nothing() -> None:
+    x, y = data()
+    guide = guides.make("normal", regression, x, y)
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = CompiledSVI(regression, guide, optim, Trace_ELBO(), mode="graph")
+    for _ in range(4):
+        svi.step(x, y)
+    before = copy.deepcopy(guide.state_dict())
+    bad = y.clone()
+    bad[0] = float("nan")
+    with pytest.raises(ValueError, match="'y'"):
+        svi.step(x, bad)
+    for name, value in guide.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_running_statistics_move_as_the_eager_program_moves_them() -> None:
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+
+    def statistics(cls: type, **options: Any) -> torch.Tensor:
+        with pyro.get_param_store().scope():
+            model = Normalized()
+
+            def guide(x: torch.Tensor) -> None:
+                loc = pyro.param("loc", torch.zeros(5, 2))
+                with pyro.plate("data", len(x)):
+                    pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+            svi = cls(model, guide, pyro.optim.Adam({}), Trace_ELBO(), **options)
+            pyro.set_rng_seed(0)
+            for _ in range(6):
+                svi.step(x)
+            return model.norm.running_mean.clone()
+
+    assert torch.equal(statistics(CompiledSVI, mode="graph"), statistics(SVI))

@@ -26,7 +26,7 @@ from benchmarks.speed.runner import start_seconds
 from benchmarks.study import StudyLog
 from guides.inference import CompiledSVI
 
-__all__ = ["RECORDS", "run"]
+__all__ = ["RECORDS", "main", "run"]
 
 RECORDS = Path(__file__).parents[1] / "records" / "speed_scaling" / "study.jsonl"
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy
 import pyro
 import torch
 from torch import Tensor, fx
@@ -33,7 +35,8 @@ __all__ = ["CaptureError", "Draw", "Graph", "capture_graph", "share_equal_terms"
 
 _NORMAL = torch.ops.aten.normal_.default
 _TRACING = threading.RLock()
-_LEAVES_TORCH = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
+_LEAVES_TORCH = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist)
+_SHAPED_BY_VALUES = ("nonzero", "masked_select", "unique", "_unique", "bincount", "histc")
 
 
 class CaptureError(RuntimeError):
@@ -137,7 +140,10 @@ def capture_graph(
         CaptureError: Where the function reads a value into Python, changes a tensor that outlives
             the call, or gives another graph when it is captured again.
     """
+    before = (random.getstate(), repr(numpy.random.get_state()))
     first = _capture(function, data, parameters)
+    if before != (random.getstate(), repr(numpy.random.get_state())):
+        raise CaptureError("the program draws random numbers outside of torch")
     second = _capture(function, data, parameters)
     if not _agree(first, second):
         raise CaptureError(
@@ -172,6 +178,7 @@ def _capture(
         # The program itself ran just before: what fails is the capture.
         raise CaptureError(_reason(error)) from error
     graph = module.graph
+    _refuse_shapes_of_values(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     _refuse_changes(module, placeholders)
     inputs = _parameters_as_inputs(module, parameters)
@@ -357,6 +364,27 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 def _constant(module: fx.GraphModule, node: fx.Node) -> Any:
     return operator.attrgetter(str(node.target))(module)
+
+
+def _refuse_shapes_of_values(graph: fx.Graph) -> None:
+    """Raise where the shape of a result depends on values: a graph has one shape built in."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = str(node.target).removeprefix("aten.").split(".")[0]
+        masked = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            index is not None and _dtype(index) in (torch.bool, torch.uint8)
+            for index in node.args[1]
+        )
+        if (masked and name == "index") or name.startswith(_SHAPED_BY_VALUES):
+            raise CaptureError(
+                f"the shape of a result depends on values ({name}): select rows before the call, "
+                "or switch entries off with poutine.mask"
+            )
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 def _parameters_as_inputs(module: fx.GraphModule, parameters: Sequence[Tensor]) -> list[fx.Node]:

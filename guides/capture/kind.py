@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pyro
 import pyro.optim
 import torch
@@ -17,9 +20,9 @@ from guides.capture.graph import CaptureError, Graph, capture_graph
 from guides.capture.optimizers import Rule, rule_of
 from guides.capture.restarts import Stack
 from guides.capture.steps import Steps
-from guides.capture.surroundings import Surroundings, called_modules, modules_of
+from guides.capture.surroundings import Surroundings, buffers_kept, called_modules, modules_of
 
-__all__ = ["Compiled", "Kind"]
+__all__ = ["Compiled", "Kind", "Program"]
 
 _AUTO_NODES = 4000
 _MOST_STEPS = 16
@@ -114,7 +117,8 @@ class Kind:
         start = time.perf_counter()
         self.graph = None
         try:
-            self._capture(setup)
+            with _python_draws_kept():
+                self._capture(setup)
         except CaptureError as error:
             self.graph, self.reason = None, str(error)
         except Exception as error:
@@ -154,10 +158,11 @@ class Kind:
             self.num_numbers = sum(tensor.numel() for tensor in (*self.parameters, *data))
             if not self.parameters:
                 raise CaptureError("there are no parameters to learn")
-            # The first evaluation may make checks, caches and parameters of its own.
-            _eager(function, data)
-            graph = capture_graph(function, data, self.parameters)
-            _check(graph, function, data, self.parameters)
+            with buffers_kept(*program.programs):
+                # The first evaluation may make checks, caches and parameters of its own.
+                _eager(function, data)
+                graph = capture_graph(function, data, self.parameters)
+                _check(graph, function, data, self.parameters)
         if self.stack is not None and graph.live:
             raise CaptureError(f"{graph.live[0]} draws by the value of a parameter")
         if program.alone and any(constant.requires_grad for constant in graph.constants):
@@ -281,6 +286,17 @@ def _with_zeros(function: Function, parameters: Sequence[Tensor]) -> Function:
         )
 
     return filled
+
+
+@contextlib.contextmanager
+def _python_draws_kept() -> Iterator[None]:
+    """Leave the random states of Python and numpy as they were."""
+    state, array_state = random.getstate(), numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        numpy.random.set_state(array_state)
 
 
 def _eager(function: Function, data: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
-__all__ = ["Surroundings", "called_modules", "modules_of"]
+__all__ = ["Surroundings", "buffers_kept", "called_modules", "modules_of"]
 
 _PLAIN = (bool, int, float, str)
 
@@ -36,6 +36,21 @@ def modules_of(*programs: Any) -> list[nn.Module]:
     """The modules of programs that are modules, or methods of modules."""
     owners = [getattr(program, "__self__", program) for program in programs]
     return [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
+
+
+@contextlib.contextmanager
+def buffers_kept(*programs: Any) -> Iterator[None]:
+    """Put back buffers that evaluations move, such as running statistics."""
+    modules = modules_of(*programs)
+    buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}.values()
+    kept = [(buffer, buffer.detach().clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 class Surroundings:

@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from guides.capture.surroundings import buffers_kept
 from guides.supports import feasible
 
 __all__ = ["capture", "check_ownership", "warn_frozen"]
@@ -26,7 +27,8 @@ def capture(
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     # Parameters that are made here must be ordinary tensors, also when called in inference mode.
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
-        with poutine.block(), poutine.trace(param_only=True) as trace, _Feasible():
+        kept = buffers_kept(program)
+        with kept, poutine.block(), poutine.trace(param_only=True) as trace, _Feasible():
             program(*args, **kwargs)
     return {
         name: site["value"].unconstrained()

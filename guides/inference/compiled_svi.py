@@ -58,7 +58,7 @@ class CompiledSVI(SVI):
         mode: ``"inductor"`` compiles, ``"graph"`` captures only and needs no compiler,
             ``"eager"`` is ``SVI``; ``"auto"`` compiles where there is a C++ compiler.
         steps_per_call: Steps in one graph for :meth:`run` on one batch; by default as many, up
-            to 10, as keep the time to compile short.
+            to 16, as keep the time to compile short.
         num_restarts: Number of runs R that are made at once, in one graph with one more batch
             dimension. Run 0 starts where the parameters are, the others at perturbations of
             them. The loss is the mean over the runs that are finite; :meth:`run` ends with the
@@ -103,10 +103,10 @@ class CompiledSVI(SVI):
         jitter: float = 0.1,
         **options: Any,
     ) -> None:
-        if steps_per_call is not None and steps_per_call < 1:
-            raise ValueError(f"steps_per_call must be at least 1, got {steps_per_call}.")
-        if num_restarts is not None and num_restarts < 1:
-            raise ValueError(f"num_restarts must be at least 1, got {num_restarts}.")
+        counts = {"steps_per_call": steps_per_call, "num_restarts": num_restarts}
+        for name, count in counts.items():
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name} must be at least 1, an integer; got {count!r}.")
         if jitter < 0:
             raise ValueError(f"jitter must not be negative, got {jitter}.")
         if num_restarts is not None and mode == "eager":
@@ -120,6 +120,7 @@ class CompiledSVI(SVI):
         self._kinds: dict[Any, Kind] = {}
         self._stack = None if num_restarts is None else Stack(num_restarts, jitter)
         self._last: tuple[tuple[Any, ...], Arguments] | None = None
+        self._seen: tuple[list[Tensor], list[int]] = ([], [])
         self._programs: tuple[Any, ...] = (model, guide, loss)
         self.restart_losses: list[list[float]] = []
 
@@ -132,7 +133,10 @@ class CompiledSVI(SVI):
         """One update; returns the loss before it."""
         if self._is_eager(args, kwargs):
             return super().step(*args, **kwargs)
-        return self._steps(args, kwargs, None)[0]
+        loss = self._steps(args, kwargs, None)[0]
+        if self._stack is not None:
+            self.select(self.best)
+        return loss
 
     def _is_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self._stack is not None and not self._checked:
@@ -279,11 +283,27 @@ class CompiledSVI(SVI):
                     "once for each start instead."
                 )
             return [super().step(*args, **kwargs)]
+        if not self._is_finite(arguments.tensors):
+            if self._stack is not None:
+                raise ValueError("The data contain NaN or infinity; no step was made.")
+            # Graphs check no values: the eager step says what is wrong before it moves anything.
+            return [super().step(*args, **kwargs)]
         losses: list[Any] = kind.steps(arguments.tensors, most)[0].tolist()
         if self._stack is None:
             return losses
         self.restart_losses += losses
         return [_finite_mean(row) for row in losses]
+
+    def _is_finite(self, tensors: list[Tensor]) -> bool:
+        """Whether the data are numbers; looked at again when they are others."""
+        marks = [0 if t.is_inference() else t._version for t in tensors]
+        seen, known = self._seen
+        if marks == known and len(seen) == len(tensors) and all(map(operator.is_, seen, tensors)):
+            return True
+        if not all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point()):
+            return False
+        self._seen = (list(tensors), marks)
+        return True
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The call taken apart; not again, where it is the very call before."""

@@ -27,6 +27,7 @@ import pyro.optim
 import pyro.poutine as poutine
 import torch
 from pyro.infer.util import zero_grads
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from guides import location_scale
@@ -196,7 +197,7 @@ class PredictiveCoding:
             better: -log p(x, z), minus log|dz/du| of constrained sites with ``jacobian=True``. It
             is no bound on -log p(x) and cannot be compared with an ELBO.
         """
-        if self.mode != "eager" and self._steps:
+        if self.mode != "eager" and self._steps and not _PYRO_STACK:
             found = self._compiled_step(args, kwargs)
             if found is not None:
                 return found
