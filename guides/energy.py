@@ -144,7 +144,7 @@ def _prediction(fn: Any, site: Any) -> Tensor:
         mean = fn.mean.expand(site.shape)
     except (NotImplementedError, AttributeError):
         return fallback
-    valid = torch.isfinite(site.unconstrain(mean)).all() and torch.isfinite(mean).all()
+    valid = torch.isfinite(site.unconstrain(mean)).all() & torch.isfinite(mean).all()
     return torch.where(valid, mean, fallback)
 
 
