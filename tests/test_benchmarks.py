@@ -1124,6 +1124,8 @@ def test_an_interrupt_loses_no_finished_run(tmp_path):
         cwd=tmp_path,
         env=environment,
         start_new_session=True,
+        # A shell ignores the signal for what it runs in the background, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
