@@ -19,7 +19,7 @@ from torch import Tensor
 from guides.capture.graph import CaptureError, Graph, capture_graph
 from guides.capture.optimizers import Rule, rule_of
 from guides.capture.restarts import Stack
-from guides.capture.steps import Steps
+from guides.capture.steps import Steps, rng_devices
 from guides.capture.surroundings import Surroundings, buffers_kept, called_modules, modules_of
 
 __all__ = ["Compiled", "Kind", "Program"]
@@ -150,8 +150,7 @@ class Kind:
         self._try(setup)
 
     def _capture(self, setup: Setup) -> None:
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices), called_modules() as called:
+        with torch.random.fork_rng(rng_devices()), called_modules() as called:
             program = setup()
             data, self.parameters = program.data, program.parameters
             function = _with_zeros(program.function, self.parameters)

@@ -17,7 +17,7 @@ from guides.capture.optimizers import Rule
 from guides.capture.products import as_calls, choose_products
 from guides.capture.restarts import Stack
 
-__all__ = ["MODES", "Steps", "choose_mode", "compiler_missing", "lower"]
+__all__ = ["MODES", "Steps", "choose_mode", "compiler_missing", "lower", "rng_devices"]
 
 _CALLS_AHEAD = 64
 # Draws that stay in the graph are those of torch, from its own stream.
@@ -111,9 +111,8 @@ def _compiled(
     settings = config.patch({**_CONFIG, **options})
     with torch.no_grad(), settings, tracing(TracingContext(shapes)), as_calls():
         run: Callable[..., Sequence[Tensor]] = compile_graph(module, example)
-        with torch.random.fork_rng(_devices()):
-            # The first call loads what was compiled; it must change nothing.
-            run(*(value.detach().clone() for value in inputs))
+        # The first call loads what was compiled; it must change nothing.
+        run(*(value.detach().clone() for value in inputs))
     return run
 
 
@@ -152,7 +151,6 @@ class Steps:
             # Before any noise is drawn, so that runs of one seed differ by their jitter alone.
             for parameter in self.learning:
                 self.stack.parameter(parameter)
-        self.signature = self._signature()
         # Parameters whose coefficients agree now agree as long as they make the same steps.
         self._table: list[int] = []
         self._leaders: list[Rule] = []
@@ -177,9 +175,6 @@ class Steps:
         self._ahead = 0
         self._views: list[Tensor] = []
         self._pointers: list[int] = []
-
-    def _signature(self) -> tuple[Any, ...]:
-        return tuple((rule.signature, rule.group["lr"]) for rule in self.rules)
 
     def is_current(self) -> bool:
         """Whether the optimizers are still those that the graph was made for."""
@@ -275,7 +270,7 @@ class Steps:
     def _prepare(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         start = time.perf_counter()
         # Draws that stay in the graph are made while it is traced; they are not the program's.
-        with torch.random.fork_rng(_devices()):
+        with torch.random.fork_rng(rng_devices()):
             self._run, self.reason = lower(function, inputs, self.mode, small=self.small)
         self.seconds = time.perf_counter() - start
 
@@ -283,7 +278,7 @@ class Steps:
         """Make the steps; returns the losses before each of them, and the extras of the last."""
         if self._run is None:
             # Draws of an example, which are not the program's.
-            with torch.random.fork_rng(_devices()):
+            with torch.random.fork_rng(rng_devices()):
                 example = self._inputs(data, self._noise())
             self._prepare(self._function, example)
         inputs = self._inputs(data, self._noise())
@@ -299,7 +294,7 @@ class Steps:
         """The loss, its gradients and the extras, without a step."""
         values = [parameter.detach() for parameter in self.parameters]
         if self._run is None:
-            with torch.random.fork_rng(_devices()):
+            with torch.random.fork_rng(rng_devices()):
                 example = [*values, *data, *self.graph.noise()]
             self._prepare(self._all, example)
         inputs = [*values, *data, *self.graph.noise()]
@@ -310,7 +305,8 @@ class Steps:
         return loss, list(results[:count]), list(results[count:])
 
 
-def _devices() -> list[int]:
+def rng_devices() -> list[int]:
+    """Devices whose random state is forked beside that of the CPU."""
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 

@@ -35,7 +35,7 @@ from guides.capture.arguments import Arguments, flatten, refuse
 from guides.capture.graph import CaptureError
 from guides.capture.kind import Compiled, Kind
 from guides.capture.kind import Program as Captured
-from guides.capture.steps import choose_mode
+from guides.capture.steps import choose_mode, rng_devices
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
 from guides.inference.checks import capture, check_ownership, warn_frozen
@@ -249,9 +249,8 @@ class PredictiveCoding:
         if kind.graph is None:
             return None
         if self._curvature is not None and self._steps % _REFRESH == 0:
-            devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
             # The rows and the start that the step itself draws.
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(rng_devices()):
                 log_joint = self._log_joint(args, kwargs)
                 packed, moved = self._start_packed(log_joint)
                 self._cached_curvature(log_joint, packed, moved)
