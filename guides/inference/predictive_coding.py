@@ -18,9 +18,7 @@ References:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pyro.optim
@@ -31,48 +29,25 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from guides import location_scale
-from guides.capture.arguments import Arguments, flatten, refuse
-from guides.capture.graph import CaptureError
-from guides.capture.kind import Compiled, Kind
-from guides.capture.kind import Program as Captured
-from guides.capture.steps import choose_mode, rng_devices
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
+from guides.inference.captured_step import CapturedStep
 from guides.inference.checks import capture, check_ownership, warn_frozen
 from guides.inference.laplace_guide import Laplace, laplace
 from guides.inference.newton import newton
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
 from guides.inference.running import Run, Stop, run
+from guides.inference.site_state import SiteState, site_state
+from guides.inference.start import insert, off_center
 from guides.layout import Layout, layout
 from guides.probe import Program
 
-__all__ = ["PredictiveCoding", "SiteState"]
+__all__ = ["PredictiveCoding"]
 
 _REFRESH = 50
-_MOST_KINDS = 8
 
 
-@dataclass(frozen=True)
-class SiteState:
-    """A site at the end of a relaxation.
-
-    Args:
-        value: Its constrained value.
-        prediction: The mean its parents predict, None where its family has none.
-        error: Its prediction error, shaped as the value; None where the family has neither
-            location nor mean and variance.
-        formula: What the error is: ``"d log p / d loc"`` or ``"(value - mean) / variance"``.
-        energy: Minus its log density, ``(B,)`` in the data plate, else a scalar.
-    """
-
-    value: Tensor
-    prediction: Tensor | None
-    error: Tensor | None
-    formula: str | None
-    energy: Tensor
-
-
-class PredictiveCoding:
+class PredictiveCoding(CapturedStep):
     """Predictive coding as a loop with SVI's interface.
 
     Args:
@@ -176,14 +151,7 @@ class PredictiveCoding:
         self._curvature: dict[str, Tensor] | None = None
         self._steps = 0
         self._checked: set[tuple[str, ...]] = set()
-        self.mode, self._fallback = choose_mode(mode)
-        self._kinds: dict[Any, Kind] = {}
-        self._cost: dict[Any, int] = {}
-
-    @property
-    def compiled(self) -> list[Compiled]:
-        """What became of every kind of call of :meth:`step` so far, unless all are eager."""
-        return [kind.report() for kind in self._kinds.values()]
+        self._set_mode(mode)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Relax, then update the model's parameters at the relaxed state.
@@ -202,11 +170,8 @@ class PredictiveCoding:
             if found is not None:
                 return found
         log_joint = self._log_joint(args, kwargs)
-        hold = _holds_globals(log_joint)
-        values, relaxed = self._relax(log_joint, learning=True, hold_globals=hold)
-        with poutine.trace(param_only=True) as trace, torch.enable_grad():
-            rows, other = log_joint.run(values, expose_params=True).total()
-            loss = -log_joint.total(rows, other)
+        with poutine.trace(param_only=True) as trace:
+            energy, loss = self._outcome(log_joint)
         params = {site["value"].unconstrained() for site in trace.trace.nodes.values()}
         params = {parameter for parameter in params if parameter.requires_grad}
         learning: set[Tensor] = set()
@@ -219,122 +184,26 @@ class PredictiveCoding:
         if learning:
             self.optim(learning)
             zero_grads(learning)
-        self._keep_globals(log_joint, self._moved_globals(log_joint, relaxed) if hold else values)
         self._steps += 1
-        return float(relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global)
+        return float(energy)
 
-    def _compiled_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-        """The step by a graph; None where no graph stands for it."""
-        arguments = flatten(args, kwargs)
-        key = (arguments.key, *self._settings())
-        kind = self._kinds.get(key)
-        if kind is None and len(self._kinds) >= _MOST_KINDS:
-            warnings.warn(
-                f"{_MOST_KINDS} kinds of calls were captured, and this is another one; it "
-                "runs eagerly. Pass numbers that change as tensors, and batches of few sizes.",
-                UserWarning,
-                stacklevel=3,
-            )
-            return None
-        if kind is None:
-            kind = self._kinds[key] = Kind(
-                lambda: self._setup(arguments, key),
-                self.optim,
-                mode=self.mode,
-                reason=self._fallback,
-            )
-        kind.optim = self.optim
-        if not kind.is_current():
-            kind.renew(lambda: self._setup(arguments, key))
-        if kind.graph is None:
-            return None
-        if self._curvature is not None and self._steps % _REFRESH == 0:
-            # The rows and the start that the step itself draws.
-            with torch.random.fork_rng(rng_devices()):
-                log_joint = self._log_joint(args, kwargs)
-                packed, moved = self._start_packed(log_joint)
-                self._cached_curvature(log_joint, packed, moved)
-        state, names = self._state_tensors()
-        losses, extras = kind.steps([*arguments.tensors, *state], None)
-        if self._globals is not None:
-            self._globals = dict(zip(names, extras, strict=True))
-        self.gradient_evaluations += self._cost[key]
-        self._steps += 1
-        return float(losses)
-
-    def _state_tensors(self) -> tuple[list[Tensor], list[str]]:
-        """Curvatures and global latents, which a captured step takes as inputs."""
-        curvatures = [] if self._curvature is None else list(self._curvature.values())
-        names = [] if self._globals is None else list(self._globals)
-        kept = [] if self._globals is None else list(self._globals.values())
-        return [*curvatures, *kept], names
-
-    def _settings(self) -> tuple[Any, ...]:
-        """What a step depends on in this object, and which state it has."""
-        return (
-            id(self.model),
-            id(self.guide),
-            self.num_steps,
-            self.step_size,
-            self.parameterization,
-            self.jacobian,
-            self.data_plate,
-            self.tolerance,
-            self.global_rate,
-            None if self._curvature is None else tuple(self._curvature),
-            None if self._globals is None else tuple(self._globals),
-        )
-
-    def _setup(self, arguments: Arguments, key: Any) -> Captured:
-        refused = refuse(arguments)
-        if refused is not None:
-            raise CaptureError(refused)
-        if self.tolerance:
-            raise CaptureError("tolerance ends a relaxation by the values of its gradients")
-        args, kwargs = arguments.build(arguments.tensors)
-        used = capture(self.model, args, kwargs)
-        parameters = list({id(t): t for t in used.values() if t.requires_grad}.values())
-        state, names = self._state_tensors()
-        groups = [] if self._curvature is None else list(self._curvature)
-
-        def function(*data: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-            count = len(arguments.tensors)
-            given, named = arguments.build(data[:count])
-            rest = list(data[count:])
-            # What the step changes in this object is put back: the graph returns it instead.
-            before = (self._curvature, self._globals, self._steps, self.gradient_evaluations)
-            if groups:
-                self._curvature = dict(zip(groups, rest[: len(groups)], strict=True))
-                self._steps = 1  # no refresh inside
-            if names:
-                self._globals = dict(zip(names, rest[len(groups) :], strict=True))
-            try:
-                energy, grads = self._energy_and_grads(given, named, parameters)
-                moved = [] if self._globals is None else [self._globals[n] for n in names]
-                self._cost[key] = self.gradient_evaluations - before[3]
-            finally:
-                self._curvature, self._globals, self._steps, self.gradient_evaluations = before
-            return energy, grads, moved
-
-        return Captured(
-            function, [*arguments.tensors, *state], used, parameters, (self.model, self.guide)
-        )
-
-    def _energy_and_grads(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Relax, and take the gradient of the parameters there."""
-        log_joint = self._log_joint(args, kwargs)
+    def _outcome(self, log_joint: LogJoint) -> tuple[Tensor, Tensor]:
+        """Relax and keep the globals: the energy there, and the loss to learn from."""
         hold = _holds_globals(log_joint)
         values, relaxed = self._relax(log_joint, learning=True, hold_globals=hold)
         with torch.enable_grad():
-            rows, other = log_joint.run(values, expose_params=True).total()
-            loss = -log_joint.total(rows, other)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        self.gradient_evaluations += max(1, log_joint.layout.num_rows)
+            loss = self._loss(log_joint, values)
         self._keep_globals(log_joint, self._moved_globals(log_joint, relaxed) if hold else values)
-        energy = relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global
-        return energy.detach(), list(grads)
+        return relaxed.energy.sum() * log_joint.layout.scale + relaxed.energy_global, loss
+
+    def _loss(self, log_joint: LogJoint, values: Mapping[str, Tensor]) -> Tensor:
+        """The energy of the final values, which the parameters descend.
+
+        A fresh run of the program: the last gradient of the relaxation is that of the state
+        before its last update.
+        """
+        rows, other = log_joint.run(values, expose_params=True).total()
+        return -log_joint.total(rows, other)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The energy after a relaxation, as :meth:`step` returns it; changes nothing."""
@@ -404,7 +273,7 @@ class PredictiveCoding:
             values, _ = self._relax(log_joint)
         with torch.no_grad():
             terms = log_joint.run(values)
-            return {name: _site_state(terms, name) for name in terms.terms}
+            return {name: site_state(terms, name) for name in terms.terms}
 
     def run(
         self,
@@ -433,6 +302,40 @@ class PredictiveCoding:
         self._curvature = state["curvature"]
         self._steps = state["steps"]
         self.gradient_evaluations = state["gradient_evaluations"]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {} if self._curvature is None else dict(self._curvature)
+        result = {f"curvature {name}": value for name, value in found.items()}
+        kept = {} if self._globals is None else self._globals
+        return result | {f"global {name}": value for name, value in kept.items()}
+
+    def _put_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        def named(kind: str) -> dict[str, Tensor] | None:
+            start = f"{kind} "
+            found = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            return found or None
+
+        self._curvature, self._globals = named("curvature"), named("global")
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (
+            id(self.model),
+            id(self.guide),
+            self.num_steps,
+            self.step_size,
+            self.parameterization,
+            self.jacobian,
+            self.data_plate,
+            self.tolerance,
+            self.global_rate,
+            tuple(self._tensors()),
+        )
+
+    def _refresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._curvature is not None and self._steps % _REFRESH == 0:
+            log_joint = self._log_joint(args, kwargs)
+            packed, moved = self._start_packed(log_joint)
+            self._cached_curvature(log_joint, packed, moved)
 
     def _log_joint(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LogJoint:
         first = not self._checked
@@ -500,7 +403,7 @@ class PredictiveCoding:
         packed = log_joint.layout.pack(values)
         if moved:
             standardized = log_joint.standardize(values, moved)
-            packed = _insert(packed, standardized, log_joint.layout)
+            packed = insert(packed, standardized, log_joint.layout)
         return packed, moved
 
     def _values(self, log_joint: LogJoint, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -526,7 +429,7 @@ class PredictiveCoding:
         known = {name: value for name, value in known.items() if name in log_joint.layout.sites}
         if self.guide is None:
             if not known:
-                known = _off_center(log_joint)
+                known = off_center(log_joint)
             return log_joint.predictions(known)
         with torch.no_grad():
             if isinstance(self.guide, ProgramGuide):
@@ -586,50 +489,3 @@ class PredictiveCoding:
 def _holds_globals(log_joint: LogJoint) -> bool:
     """Whether global latents wait while the rows of a minibatch relax."""
     return log_joint.layout.scale != 1.0 and log_joint.layout.group("global") is not None
-
-
-def _off_center(log_joint: LogJoint) -> dict[str, Tensor]:
-    """Global latents near their predictions, off the symmetric point that they may not leave."""
-    group = log_joint.layout.group("global")
-    if group is None:
-        return {}
-    generator = torch.Generator().manual_seed(0)
-    packed = group.pack(log_joint.predictions())
-    step = 0.1 * torch.randn(group.size, generator=generator, dtype=torch.float64)
-    placed = group.unpack(packed + step.to(packed))
-    return {site.name: site.constrain(placed[site.name])[0] for site in group.sites}
-
-
-def _insert(
-    packed: dict[str, Tensor], errors: Mapping[str, Tensor], read: Layout
-) -> dict[str, Tensor]:
-    """Standardized values in the slots of their sites."""
-    result = {}
-    for group in read.groups:
-        parts = [
-            site.flatten(errors[site.name].expand(site.shape))
-            if site.name in errors
-            else packed[group.name][..., part]
-            for site, part in group.slices()
-        ]
-        result[group.name] = torch.cat(parts, -1)
-    return result
-
-
-def _site_state(terms: SiteTerms, name: str) -> SiteState:
-    fn, value = terms.fns[name], terms.values[name]
-    mask = terms.masks[name]
-    try:
-        error, formula = location_scale.error(fn, value)
-        if isinstance(mask, Tensor):
-            shape = mask.shape + (1,) * fn.event_dim
-            error = torch.where(mask.reshape(shape), error, torch.zeros_like(error))
-    except (NotImplementedError, AttributeError):
-        error, formula = None, None
-    try:
-        prediction = (
-            location_scale.location(fn) if location_scale.is_location_scale(fn) else fn.mean
-        )
-    except (NotImplementedError, AttributeError):
-        prediction = None
-    return SiteState(value, prediction, error, formula, -terms.terms[name])
