@@ -97,6 +97,15 @@ MODEL_CASES = {
             "one level": lambda: zoo.make("hierarchical_vae", x_dim=4, z_dims=(2,), hidden=(3,)),
         },
     ),
+    "state_space": ModelCase(
+        build=lambda: zoo.make("state_space", z_dim=2, x_dim=2, num_steps=3),
+        args=simulate,
+        variants={
+            "diagonal, bias": lambda: zoo.make(
+                "state_space", z_dim=1, x_dim=2, num_steps=2, covariance="diagonal", bias=True
+            ),
+        },
+    ),
     "eight_schools": ModelCase(
         build=lambda: zoo.make("eight_schools"),
         args=lambda model: (model.y, model.sigma),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zoo.reference.gaussian_mixture import GaussianMixture
     from zoo.reference.slcp import SLCP
     from zoo.reference.two_moons import TwoMoons
+    from zoo.state_space import StateSpace
     from zoo.vae import VAE
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "HierarchicalVAE",
     "LinearGaussian",
     "Model",
+    "StateSpace",
     "TwoMoons",
     "make",
 ]
@@ -47,6 +49,7 @@ MODELS = {
     "vae": "zoo.vae:VAE",
     "conv_vae": "zoo.conv_vae:ConvVAE",
     "hierarchical_vae": "zoo.hierarchical_vae:HierarchicalVAE",
+    "state_space": "zoo.state_space:StateSpace",
     "eight_schools": "zoo.reference.eight_schools:EightSchools",
     "two_moons": "zoo.reference.two_moons:TwoMoons",
     "slcp": "zoo.reference.slcp:SLCP",
