@@ -186,7 +186,7 @@ def chain(
 
 
 def hand_chain() -> LinearGraph:
-    """Input x, latent h, output y of one coordinate each, with weights 2 and 3: for numbers checked by hand."""
+    """A chain of one coordinate a site with weights 2 and 3: numbers checked by hand."""
     model = chain(1, width=1, inputs=1, outputs=1)
     with torch.no_grad():
         model.weights["x_h1"].fill_(2.0)
