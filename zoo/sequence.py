@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
-import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.mask_messenger import MaskMessenger
 from torch import Tensor
 
 __all__ = ["Steps", "steps"]
@@ -35,8 +35,7 @@ class Steps:
         """The handler of step ``t``, counted from 0: masks the rows that have ended."""
         if self.lengths is None:
             return contextlib.nullcontext()
-        masked: AbstractContextManager[Any] = poutine.mask(mask=t < self.lengths)
-        return masked
+        return MaskMessenger(mask=cast("torch.BoolTensor", t < self.lengths))
 
 
 def steps(x: Tensor | None, lengths: Tensor | None, default: int, site: str = "x") -> Steps:

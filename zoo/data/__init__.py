@@ -1,6 +1,7 @@
 """Data sets, one a file, each read by ``zoo.data.load(name)``.
 
-``digits`` is embedded (in scikit-learn) and needs no network. The others are looked for in the
+``digits``, ``natural_patches``, ``moving_digits`` and ``bouncing_balls`` are made from what
+scikit-learn ships, or from nothing, and need no network. The others are looked for in the
 folder that the environment variable ``PYRO_ZOO_DATA`` names, then in the cache (the folder that
 ``PYRO_ZOO_CACHE`` names, else pooch's), then downloaded; see :mod:`zoo.data.files`. Whatever the
 source, the content is checked against its checksum.
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.data.dataset import Dataset
+    from zoo.data.sequences import Sequences
 
 __all__ = ["DATASETS", "load"]
 
@@ -22,10 +24,14 @@ DATASETS = {
     "mnist": "zoo.data.mnist:load",
     "binarized_mnist": "zoo.data.binarized_mnist:load",
     "fashion_mnist": "zoo.data.fashion_mnist:load",
+    "natural_patches": "zoo.data.natural_patches:load",
+    "jsb_chorales": "zoo.data.jsb_chorales:load",
+    "moving_digits": "zoo.data.moving_digits:load",
+    "bouncing_balls": "zoo.data.bouncing_balls:load",
 }
 
 
-def load(name: str, **options: Any) -> Dataset:
+def load(name: str, **options: Any) -> Dataset | Sequences:
     """Load a data set by name.
 
     Args:
@@ -51,5 +57,5 @@ def load(name: str, **options: Any) -> Dataset:
             f"Unknown data set {name!r}. {hint}Available data sets: {', '.join(DATASETS)}."
         )
     module, _, attribute = DATASETS[name].partition(":")
-    dataset: Dataset = getattr(importlib.import_module(module), attribute)(**options)
+    dataset: Dataset | Sequences = getattr(importlib.import_module(module), attribute)(**options)
     return dataset
