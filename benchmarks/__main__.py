@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("full", "demo", "smoke"),
         help="full: to rely on; demo: to see all parts in minutes; smoke: to see that it runs",
     )
+    running.add_argument(
+        "--mode",
+        default="auto",
+        choices=("auto", "eager", "graph", "inductor"),
+        help="eager: Pyro at each update; graph: captured; inductor: compiled; auto: what pays",
+    )
     running.add_argument("--retry-failed", action="store_true", help="run failed methods again")
     running.add_argument("--no-report", action="store_true", help="write records only")
     reporting = commands.add_parser("report", help="write the report of a folder of records")
@@ -129,6 +135,7 @@ def _run(options: argparse.Namespace, typed: Sequence[str]) -> int:
         methods=options.methods,
         regimes=options.regimes,
         retry_failed=options.retry_failed,
+        mode=options.mode,
         command=_shown(typed),
     )
     if outcome.skipped:

@@ -126,6 +126,7 @@ def compare(
     regimes: Iterable[str] = (),
     seeds: int = 1,
     budget: Budget | None = None,
+    mode: str = "auto",
     name: str = "model",
     progress: bool = True,
     **fields: Any,
@@ -149,6 +150,9 @@ def compare(
         regimes: `"joint"`, `"frozen"` or both; see `benchmarks.Task`.
         seeds: Number of seeds.
         budget: Numbers of updates and draws.
+        mode: How updates are computed: `"eager"`, `"graph"` (captured), `"inductor"` (compiled),
+            or `"auto"`, the way that pays for the number of updates; see `benchmarks.modes`. The
+            results are the same up to rounding; records say what ran, and why.
         name: What the task is called.
         progress: Whether to show progress.
         **fields: Other fields of `benchmarks.Task`, such as `baseline` or `data_plate`.
@@ -187,4 +191,4 @@ def compare(
     )
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds must be a number of seeds, at least 1; got {seeds!r}.")
-    return Comparison(compare_here(task, seeds=seeds, progress=progress))
+    return Comparison(compare_here(task, seeds=seeds, progress=progress, mode=mode))

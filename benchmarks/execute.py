@@ -50,7 +50,9 @@ def regimes_of(task: Task) -> tuple[str, ...]:
     return task.regimes or (("joint",) if has_parameters(task) else ("frozen",))
 
 
-def train_shared_model(task: Task, seed: int, tick: Tick = silent) -> tuple[State, dict[str, Any]]:
+def train_shared_model(
+    task: Task, seed: int, tick: Tick = silent, mode: str = "auto"
+) -> tuple[State, dict[str, Any]]:
     """Train a task's model with its `decoder_guide`, to be frozen for every guide alike.
 
     Returns:
@@ -60,7 +62,7 @@ def train_shared_model(task: Task, seed: int, tick: Tick = silent) -> tuple[Stat
         return {}, {"guide": None, "gradient_evaluations": 0, "seconds": 0.0}
     pyro.set_rng_seed(seed)
     with pyro.get_param_store().scope():
-        bench = Workbench(task, tick)
+        bench = Workbench(task, tick, mode)
         options = task.guide_options.get(task.decoder_guide, {})
         method = as_method(task.decoder_guide, options={task.decoder_guide: options})
         guide = bench.guide(method, bench.model, bench.train)
@@ -71,6 +73,7 @@ def train_shared_model(task: Task, seed: int, tick: Tick = silent) -> tuple[Stat
             "guide": task.decoder_guide,
             "gradient_evaluations": meter.gradient_evaluations,
             "seconds": round(meter.seconds, 3),
+            "computed": bench.computed["shared model"],
         }
 
 
@@ -83,6 +86,7 @@ def execute(
     state: State | None = None,
     tick: Tick = silent,
     images: bool = True,
+    mode: str = "auto",
 ) -> dict[str, Any]:
     """Fit one method on one task with one seed, and score it.
 
@@ -94,13 +98,15 @@ def execute(
         state: Parameters of the shared model, for the frozen regime.
         tick: Told the phase, in a word, and the fraction of it done.
         images: Whether to keep images, where the task has them.
+        mode: How updates are computed; see `benchmarks.modes`.
 
     Returns:
-        What a record says beyond who was run: scores, rows, cost, curve, images.
+        What a record says beyond who was run: scores, rows, cost, curve, images, and under
+        `computed` the mode of every phase.
     """
     pyro.set_rng_seed(seed)
     with pyro.get_param_store().scope():
-        bench = Workbench(task, tick)
+        bench = Workbench(task, tick, mode)
         if regime == "frozen" and state:
             load_state(bench.model, state, *bench.train)
         posterior, cost = _fit(bench, method, regime)
@@ -126,6 +132,7 @@ def execute(
             "tier": task.tier or "bounds",
             **({} if no_elbo is None else {"no_elbo": no_elbo}),
             **cost,
+            "computed": bench.computed,
             "model_digest": fingerprint(state_of(bench.model, *bench.train)),
             "dtype": _dtype(bench.scored),
         }

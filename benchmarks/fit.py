@@ -175,6 +175,7 @@ def fit(
     meter: Meter,
     rows: Callable[[Call], int],
     num_particles: int,
+    several: bool = False,
     checkpoints: set[int] | None = None,
     monitor: Callable[[], tuple[float, float, int | None] | None] | None = None,
     tick: Callable[[float], None] = lambda fraction: None,
@@ -189,6 +190,8 @@ def fit(
         meter: Gradient evaluations and seconds are added to it.
         rows: Rows of a call.
         num_particles: Draws of the objective.
+        several: Whether all calls are one and the same, so that a loop with
+            `steps(most, *args, **kwargs) -> list[float]` may make several updates at once.
         checkpoints: Updates after which `monitor` is asked for a point of the learning curve.
         monitor: Returns an ELBO, its error and its rows, or None where there is none yet.
         tick: Told the fraction done.
@@ -197,21 +200,34 @@ def fit(
         FloatingPointError: If a loss is not finite.
     """
     counts = hasattr(loop, "gradient_evaluations")
-    for step in range(1, num_steps + 1):
+    at_once = getattr(loop, "steps", None) if several else None
+    looks = sorted(step for step in checkpoints or () if step <= num_steps)
+    step = told = 0
+    while step < num_steps:
         call = next(calls)
         args, kwargs = call
         before = loop.gradient_evaluations if counts else 0
         start = time.perf_counter()
-        loss = loop.step(*args, **kwargs)
+        if at_once is None:
+            losses = [loop.step(*args, **kwargs)]
+        else:
+            # Looks come in between, so no call goes beyond the next of them.
+            most = next((look for look in looks if look > step), num_steps) - step
+            losses = at_once(most, *args, **kwargs)
         meter.seconds += time.perf_counter() - start
         meter.gradient_evaluations += (
-            loop.gradient_evaluations - before if counts else rows(call) * num_particles
+            loop.gradient_evaluations - before
+            if counts
+            else rows(call) * num_particles * len(losses)
         )
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(f"The loss is {float(loss)} after {step} updates.")
-        if checkpoints and step in checkpoints and monitor is not None:
+        for loss in losses:
+            step += 1
+            if not math.isfinite(float(loss)):
+                raise FloatingPointError(f"The loss is {float(loss)} after {step} updates.")
+        if step in looks and monitor is not None:
             value = monitor()
             if value is not None and math.isfinite(value[0]):
                 meter.look(step, *value)
-        if step % 20 == 0 or step == num_steps:
+        if step - told >= 20 or step == num_steps:
+            told = step
             tick(step / num_steps)

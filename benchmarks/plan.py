@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.checks import check_call, check_held_out, left_out
 from benchmarks.digest import closure, code_digest, imported_names, local_files
 from benchmarks.methods import Method, as_method, as_methods, family_and_scheme
+from benchmarks.modes import check_mode
 from benchmarks.provenance import machine, versions
 from benchmarks.records import run_key
 from benchmarks.suites import SUITES
@@ -45,6 +46,7 @@ class Plan:
         digest: Digest of the code it runs.
         modules: The modules behind that digest.
         data: Digest of the task's data.
+        mode: How updates are computed; see `benchmarks.modes`.
     """
 
     task: Task
@@ -55,6 +57,7 @@ class Plan:
     digest: str
     modules: tuple[str, ...] = field(repr=False)
     data: str = ""
+    mode: str = "auto"
 
     @property
     def name(self) -> str:
@@ -126,6 +129,7 @@ def shared_key(item: Plan, source: str | None) -> str:
         budget=task.budget.as_config(),
         data=item.data,
         digest=digest,
+        mode=item.mode,
         versions=_used_versions(),
     )
 
@@ -137,6 +141,7 @@ def plans_of(
     seeds: int,
     methods: Iterable[str] | None = None,
     regimes: Iterable[str] | None = None,
+    mode: str = "auto",
 ) -> list[Plan]:
     """Return every run of one task.
 
@@ -146,13 +151,15 @@ def plans_of(
         seeds: Number of seeds, counted from 0.
         methods: Methods to keep, all by default.
         regimes: Regimes to keep, all by default.
+        mode: How updates are computed; see `benchmarks.modes`.
 
     Raises:
-        ValueError: Where the program cannot be called with its arguments, or held-out rows cannot
-            be scored; see `check_call` and `check_held_out`.
+        ValueError: For an unknown mode, where the program cannot be called with its arguments,
+            or held-out rows cannot be scored; see `check_call` and `check_held_out`.
     """
     from benchmarks.execute import regimes_of
 
+    check_mode(mode)
     check_call(task)
     check_held_out(task)
     used, data = _used_versions(), task.data_digest
@@ -185,9 +192,10 @@ def plans_of(
                     evidence=task.evidence_guide,
                     data=data,
                     digest=digest,
+                    mode=mode,
                     versions=used,
                 )
-                plans.append(Plan(task, method, regime, seed, key, digest, modules, data))
+                plans.append(Plan(task, method, regime, seed, key, digest, modules, data, mode))
     # All methods of the first seed come first, so that an early stop leaves a fair comparison.
     return sorted(plans, key=lambda item: item.seed)
 
@@ -212,6 +220,7 @@ def plan(
     models: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     regimes: Sequence[str] | None = None,
+    mode: str = "auto",
 ) -> list[Plan]:
     """Return every run that a command asks for.
 
@@ -222,6 +231,7 @@ def plan(
         models: Tasks to keep, all by default.
         methods: Methods to keep, all by default.
         regimes: Regimes to keep, all by default.
+        mode: How updates are computed; see `benchmarks.modes`.
 
     Raises:
         ValueError: For names that nothing has, or a choice that leaves nothing.
@@ -242,7 +252,9 @@ def plan(
     plans = [
         item
         for task in tasks
-        for item in plans_of(task, source, seeds=seeds, methods=methods, regimes=regimes)
+        for item in plans_of(
+            task, source, seeds=seeds, methods=methods, regimes=regimes, mode=mode
+        )
     ]
     if not plans:
         raise ValueError("Nothing is left to run: no task has such a regime.")

@@ -119,6 +119,7 @@ def _jobs(todo: Sequence[Plan], source: str, out: Path) -> list[Job]:
             "task": item.task.name,
             "budget": item.task.budget,
             "data": item.data,
+            "mode": item.mode,
             "seed": item.seed,
             "state": None,
         }
@@ -146,6 +147,7 @@ def run(
     methods: Sequence[str] | None = None,
     regimes: Sequence[str] | None = None,
     retry_failed: bool = False,
+    mode: str = "auto",
     command: Sequence[str] = (),
     progress: bool = True,
 ) -> Outcome:
@@ -161,6 +163,7 @@ def run(
         methods: Methods to keep.
         regimes: Regimes to keep.
         retry_failed: Whether to make runs again that are recorded as failed.
+        mode: How updates are computed; see `benchmarks.modes`.
         command: What the reader types to do the same, for the report.
         progress: Whether to show progress.
 
@@ -170,7 +173,13 @@ def run(
     folder = Path(out)
     start = time.monotonic()
     plans = plan(
-        source, seeds=seeds, budget=budget, models=models, methods=methods, regimes=regimes
+        source,
+        seeds=seeds,
+        budget=budget,
+        models=models,
+        methods=methods,
+        regimes=regimes,
+        mode=mode,
     )
     known: dict[str, str] = {}
     if any(folder.glob("*.jsonl")):
@@ -228,13 +237,14 @@ def _death(exit_code: int | None) -> dict[str, Any]:
     }
 
 
-def compare_here(task: Task, *, seeds: int, progress: bool) -> Records:
+def compare_here(task: Task, *, seeds: int, progress: bool, mode: str = "auto") -> Records:
     """Make the runs of one task in this process, one after another.
 
     Args:
         task: The task.
         seeds: Number of seeds.
         progress: Whether to show progress.
+        mode: How updates are computed; see `benchmarks.modes`.
 
     Returns:
         Their records. Ctrl-C stops it, as it should in a notebook.
@@ -243,7 +253,7 @@ def compare_here(task: Task, *, seeds: int, progress: bool) -> Records:
     from benchmarks.shared_model import State
     from benchmarks.worker import attempt, undisturbed
 
-    plans = plans_of(task, None, seeds=seeds)
+    plans = plans_of(task, None, seeds=seeds, mode=mode)
     records = Records()
     for header in _headers(plans, plans, None, "full", 1, ()):
         records.add(header)
@@ -265,7 +275,7 @@ def compare_here(task: Task, *, seeds: int, progress: bool) -> Records:
                     state: State | None = None
                     if item.regime == "frozen":
                         if seed not in shared:
-                            shared[seed] = train_shared_model(task, seed, tick)
+                            shared[seed] = train_shared_model(task, seed, tick, mode)
                         state, extra["shared_model"] = shared[seed]
                     outcome = execute(
                         task,
@@ -275,6 +285,7 @@ def compare_here(task: Task, *, seeds: int, progress: bool) -> Records:
                         state=state,
                         tick=tick,
                         images=seed == 0,
+                        mode=mode,
                     )
                     return {**outcome, **extra}
 

@@ -102,6 +102,7 @@ def task_facts(about: Record, runs: Sequence[Record]) -> str:
         "Updates": _updates(budget),
         "Draws of scores": f"ELBO {budget.get('num_samples')}, evidence K = "
         f"{budget.get('num_evidence_samples')}, k̂ {budget.get('num_khat_samples')}",
+        "Computed": _computed(runs),
         "Truth": _tiers(runs),
     }
     items = "".join(
@@ -121,6 +122,26 @@ def _updates(budget: Record) -> str:
         f"{budget.get('num_steps', '?')} for every method, each on {rows} with "
         f"{draws} {'draw' if draws == 1 else 'draws'} of the guide"
     )
+
+
+def _computed(runs: Sequence[Record]) -> str:
+    """Return in which mode updates were computed, and the methods where another one was asked for.
+
+    Records made before there were modes say nothing, and are left out.
+    """
+    modes: dict[str, None] = {}
+    fallbacks: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for phase in run.get("computed", {}).values():
+            modes[phase["mode"]] = None
+            if phase["asked"] not in ("auto", phase["mode"]) or "capture_seconds" in phase:
+                if "reason" not in phase or phase["mode"] == phase["asked"]:
+                    continue
+                text = f"asked for {phase['asked']}, ran {phase['mode']}: {phase['reason']}"
+                fallbacks.setdefault(text, {})[run["method"]] = None
+    parts = [", ".join(modes)] if modes else []
+    parts += [f"{', '.join(names)} {text}" for text, names in fallbacks.items()]
+    return "; ".join(parts)
 
 
 def _tiers(runs: Sequence[Record]) -> str:

@@ -22,9 +22,10 @@ from benchmarks.fit import (
     row_count,
 )
 from benchmarks.methods import Method
+from benchmarks.modes import mode_for, report_of
 from benchmarks.scores import elbo_estimate
 from benchmarks.task import Task
-from guides.inference import SVI, IndefiniteHessianError, PredictiveCoding, laplace
+from guides.inference import SVI, CompiledSVI, IndefiniteHessianError, PredictiveCoding, laplace
 from guides.objectives.refinement import RefinementELBO
 
 __all__ = ["Call", "Tick", "Workbench", "silent"]
@@ -44,12 +45,18 @@ class Workbench:
     Args:
         task: The task.
         tick: Told the phase, in a word, and the fraction of it done.
+        mode: How updates are computed; see `benchmarks.modes`.
+
+    Attributes:
+        computed: How the updates of every phase so far were computed, for the record.
     """
 
-    def __init__(self, task: Task, tick: Tick = silent) -> None:
+    def __init__(self, task: Task, tick: Tick = silent, mode: str = "auto") -> None:
         self.task = task
         self.budget = task.budget
         self.tick = tick
+        self.mode = mode
+        self.computed: dict[str, dict[str, Any]] = {}
         self.model = task.build_model()
         self.train: Call = (task.args, dict(task.kwargs))
         self.scored: Call = (task.scored_args, task.scored_kwargs)
@@ -90,6 +97,7 @@ class Workbench:
         guide: Program | None,
         call: Call,
         num_steps: int,
+        mode: str = "eager",
     ) -> Any:
         """Build a method's loop, with the larger step size for free parameters."""
         networks = parameters_of(self.model, call)
@@ -104,11 +112,14 @@ class Workbench:
         if method.relaxes:
             steps = self.budget.relaxation_steps
             plate = self.task.data_plate
-            return PredictiveCoding(program, optim, num_steps=steps, data_plate=plate)
+            return PredictiveCoding(program, optim, num_steps=steps, data_plate=plate, mode=mode)
         if method.loop == "svi":
             # A refined guide learns from all iterations; for others this is Trace_ELBO itself.
             loss = RefinementELBO(Trace_ELBO(num_particles=self.budget.num_particles))
-            return SVI(program, guide, optim, loss if refinements(guide) else loss.objective)
+            objective = loss if refinements(guide) else loss.objective
+            if mode == "eager":
+                return SVI(program, guide, optim, objective)
+            return CompiledSVI(program, guide, optim, objective, mode=mode)
         return method.loop(program, guide, optim)
 
     def run_fit(
@@ -137,7 +148,8 @@ class Workbench:
             The loop, and what it cost.
         """
         num_steps = self.budget.num_steps if num_steps is None else num_steps
-        loop = self.loop(method, program, guide, call, num_steps)
+        mode, why = mode_for(self.mode, num_steps)
+        loop = self.loop(method, program, guide, call, num_steps, mode)
         meter = Meter()
         # Minibatches are for training, and for guides that can be told their rows.
         told = method.grid is not None or method.relaxes or is_autoguide(guide)
@@ -166,10 +178,12 @@ class Workbench:
                 gradients * (num_rows if size is None else row_count(program, *now, plate))
             ),
             num_particles=self.budget.num_particles,
+            several=size is None,
             checkpoints=self.checkpoints(num_steps) if watch is not None else set(),
             monitor=monitor,
             tick=lambda fraction: self.tick(phase, fraction),
         )
+        self.computed[phase] = report_of(loop, self.mode, mode, why)
         return loop, meter
 
     def posterior(

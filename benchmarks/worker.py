@@ -89,14 +89,14 @@ def work(payload: dict[str, Any], tick: Callable[[str, float], None]) -> dict[st
     """Do one job of the pool.
 
     Args:
-        payload: `source`, `task` and `budget` say what; `kind` is `shared` (train the model that
-            the frozen regime shares) or `run`.
+        payload: `source`, `task`, `budget` and `mode` say what; `kind` is `shared` (train the
+            model that the frozen regime shares) or `run`.
         tick: Told how far it is.
     """
 
     def shared() -> dict[str, Any]:
         task, _ = _task(*(payload[name] for name in ("source", "task", "budget", "data")))
-        state, about = train_shared_model(task, payload["seed"], tick)
+        state, about = train_shared_model(task, payload["seed"], tick, payload["mode"])
         write_state(Path(payload["state"]), state, about)
         return {"shared_model": about}
 
@@ -111,6 +111,7 @@ def work(payload: dict[str, Any], tick: Callable[[str, float], None]) -> dict[st
             state=state,
             tick=tick,
             images=payload["images"],
+            mode=payload["mode"],
         )
         return outcome if about is None else {**outcome, "shared_model": about}
 

@@ -832,7 +832,7 @@ from benchmarks.task_file import load_tasks
 (task,) = load_tasks({str(path)!r})
 payload = dict(kind="run", source={str(path)!r}, task=task.name, budget=task.budget, seed=0,
                state=None, images=False, regime="joint", method="amortized_spline_coupling",
-               data=task.data_digest)
+               data=task.data_digest, mode="graph")
 assert work(payload, lambda phase, fraction: None)["status"] == "ok"
 print(*(n for n in sys.modules if n.split(".")[0] in ("zoo", "guides", "benchmarks")))
 """
