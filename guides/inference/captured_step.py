@@ -69,6 +69,10 @@ class CapturedStep:
         """What a step depends on in this object, and which state it has."""
         raise NotImplementedError
 
+    def _refusal(self) -> str | None:
+        """Why no step of this object, as it is set, can be captured; None where it can."""
+        return None
+
     def _refresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Renew, before a captured step, what is not renewed in every step."""
 
@@ -109,6 +113,9 @@ class CapturedStep:
 
     def _setup(self, arguments: Arguments, key: Any) -> Captured:
         refused = refuse(arguments)
+        if refused is not None:
+            raise CaptureError(refused)
+        refused = self._refusal()
         if refused is not None:
             raise CaptureError(refused)
         if self.tolerance:

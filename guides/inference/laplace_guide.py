@@ -25,7 +25,7 @@ from torch import Tensor
 
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
-from guides.inference.relaxation import energy_function
+from guides.inference.units import EnergyFunction, energy_function
 from guides.probe import Program
 from guides.recipe import Recipe
 from guides.schemes.scheme import Call
@@ -39,7 +39,12 @@ class IndefiniteHessianError(ValueError):
 
 
 def hessian(
-    log_joint: LogJoint, packed: Mapping[str, Tensor], *, jacobian: bool = True
+    log_joint: LogJoint,
+    packed: Mapping[str, Tensor],
+    *,
+    jacobian: bool = True,
+    energy: EnergyFunction | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Exact Hessian blocks of the energy, one Hessian product per coordinate of a row.
 
@@ -47,17 +52,21 @@ def hessian(
         log_joint: The log joint of the call.
         packed: Where to take it, ``{group: (B, K) or (K,)}``.
         jacobian: Whether the energy is that of unconstrained space.
+        energy: Another energy of the packed latents whose Hessian is meant.
+        held: Packed latents that are constants, by group.
 
     Returns:
         ``"local"`` (B, K, K) and ``"cross"`` (B, K, G), both without N/B, and ``"global"``
         (G, G) with it; keys only for the groups that exist.
     """
-    energy = energy_function(log_joint, jacobian=jacobian)
+    if energy is None:
+        energy = energy_function(log_joint, jacobian=jacobian)
+    constant = {} if held is None else dict(held)
     scale = log_joint.layout.scale
     packed = {name: value.detach() for name, value in packed.items()}
 
     def gradient(point: dict[str, Tensor]) -> dict[str, Tensor]:
-        return torch.func.grad(lambda p: energy(p)[0])(point)
+        return torch.func.grad(lambda p: energy({**constant, **p})[0])(point)
 
     blocks: dict[str, Tensor] = {}
     with torch.no_grad():

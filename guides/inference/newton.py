@@ -18,9 +18,9 @@ from torch import Tensor
 
 from guides.energy import LogJoint
 from guides.inference.laplace_guide import hessian
-from guides.inference.relaxation import energy_function
+from guides.inference.units import energy_function
 
-__all__ = ["newton"]
+__all__ = ["newton", "newton_direction"]
 
 _HALVINGS = 12
 
@@ -56,7 +56,7 @@ def newton(
             num_gradients += 2 * size + 1
             if not all(bool(torch.isfinite(block).all()) for block in blocks.values()):
                 break  # there is no step to take; the Laplace posterior says why
-            step = _direction(grads, blocks, scale)
+            step = newton_direction(grads, blocks, scale)
             before = (scale * rows.sum() + other).reshape(1) if joint else rows
             factor = torch.ones_like(before)
             for _ in range(_HALVINGS):
@@ -78,7 +78,7 @@ def newton(
     return state, num_gradients
 
 
-def _direction(
+def newton_direction(
     grads: Mapping[str, Tensor], blocks: Mapping[str, Tensor], scale: float
 ) -> dict[str, Tensor]:
     """The Newton step by group, from the gradient of the total energy and Hessian blocks."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from guides import location_scale
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
+from guides.inference import solvers
 from guides.inference.captured_step import CapturedStep
 from guides.inference.checks import capture, check_ownership, warn_frozen
 from guides.inference.laplace_guide import Laplace, laplace
@@ -38,6 +39,8 @@ from guides.inference.newton import newton
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
 from guides.inference.running import Run, Stop, run
 from guides.inference.site_state import SiteState, site_state
+from guides.inference.solvers.auto import Choice, choose
+from guides.inference.solvers.solver import Solver, check_solver
 from guides.inference.start import insert, off_center
 from guides.layout import Layout, layout
 from guides.probe import Program
@@ -59,14 +62,20 @@ class PredictiveCoding(CapturedStep):
         num_steps: Updates of the latents in a relaxation.
         step_size: Step of the latents; ``"auto"`` takes it from the curvature of each row, with
             backtracking; a number is plain gradient descent and must be below 2 / lambda_max.
-        parameterization: ``"centered"`` moves the latents; ``"noncentered"`` moves standardized
-            errors of location-scale sites (``z = loc + scale * e``), which carries a change down
-            the hierarchy in one step. Only the path differs, the fixed point is the same.
-        solver: ``"gradient"``.
+        parameterization: ``"centered"`` moves the latents, the default of every solver but
+            ``"auto"``; ``"noncentered"`` moves standardized errors of location-scale sites
+            (``z = loc + scale * e``), which carries a change down the hierarchy in one step.
+            Only the path differs, the fixed point is the same.
+        solver: How latents move: a key of :data:`guides.inference.solvers.SOLVERS`, a solver with
+            settings of its own, or ``"auto"``, which chooses solver and parameterization from
+            the program (:mod:`guides.inference.solvers.auto`; ``repr`` says what and why).
         jacobian: Relax in unconstrained space with the log-determinants of the maps to the
             supports. Without, the energy of constrained sites is that of AutoDelta.
         data_plate: See :func:`guides.layout.layout`.
-        tolerance: Stop a relaxation when every gradient is below it.
+        tolerance: A row stops when its gradient is nowhere larger; the relaxation ends with the
+            last one. Rows that have stopped leave the batch where the call can be sliced.
+        data_args: Which arguments of the model hold rows, and their axis
+            (:func:`guides.rows.data_args_of`); by default known or inferred.
         global_rate: With a minibatch, step of the persistent global latents relative to that of
             their curvature; by default B/N, which makes an epoch one full step.
         mode: How :meth:`step` runs after the first one: ``"eager"`` traces the program at every
@@ -100,12 +109,13 @@ class PredictiveCoding(CapturedStep):
         guide: Callable[..., Any] | None = None,
         num_steps: int = 20,
         step_size: float | str = "auto",
-        parameterization: str = "centered",
-        solver: str = "gradient",
+        parameterization: str = "auto",
+        solver: str | Solver = "gradient",
         jacobian: bool = True,
         *,
         data_plate: str | None = "auto",
         tolerance: float = 0.0,
+        data_args: Mapping[str, int] | None = None,
         global_rate: float | None = None,
         newton_steps: int = 20,
         mode: str = "eager",
@@ -124,12 +134,13 @@ class PredictiveCoding(CapturedStep):
             raise ValueError(f"num_steps must not be negative, got {num_steps}.")
         if step_size != "auto" and not (isinstance(step_size, (int, float)) and step_size > 0):
             raise ValueError(f'step_size must be "auto" or a positive number, got {step_size!r}.')
-        if parameterization not in ("centered", "noncentered"):
+        if parameterization not in ("auto", "centered", "noncentered"):
             raise ValueError(
-                f'parameterization must be "centered" or "noncentered", got {parameterization!r}.'
+                'parameterization must be "auto", "centered" or "noncentered", got '
+                f"{parameterization!r}."
             )
-        if solver != "gradient":
-            raise ValueError(f'solver must be "gradient", got {solver!r}.')
+        if solver != "auto":
+            check_solver(solver, step_size)
         if newton_steps < 0:
             raise ValueError(f"newton_steps must not be negative, got {newton_steps}.")
         if global_rate is not None and not 0 < global_rate <= 1:
@@ -139,10 +150,14 @@ class PredictiveCoding(CapturedStep):
         self.guide = guide
         self.num_steps = num_steps
         self.step_size = step_size
+        self.solver = solver
+        if parameterization == "auto" and solver != "auto":
+            parameterization = "centered"
         self.parameterization = parameterization
         self.jacobian = jacobian
         self.data_plate = data_plate
         self.tolerance = tolerance
+        self.data_args = data_args
         self.global_rate = global_rate
         self.newton_steps = newton_steps
         self.gradient_evaluations = 0
@@ -151,6 +166,7 @@ class PredictiveCoding(CapturedStep):
         self._curvature: dict[str, Tensor] | None = None
         self._steps = 0
         self._checked: set[tuple[str, ...]] = set()
+        self._chosen: Choice | None = None
         self._set_mode(mode)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -324,6 +340,7 @@ class PredictiveCoding(CapturedStep):
             self.num_steps,
             self.step_size,
             self.parameterization,
+            self.solver if isinstance(self.solver, str) else id(self.solver),
             self.jacobian,
             self.data_plate,
             self.tolerance,
@@ -381,7 +398,8 @@ class PredictiveCoding(CapturedStep):
         read = log_joint.layout
         packed, moved = self._start_packed(log_joint)
         step_size: Any = self.step_size
-        if step_size == "auto" and learning:
+        solver = solvers.make(self._choice(read).solver if self.solver == "auto" else self.solver)
+        if step_size == "auto" and learning and (solver.uses_curvature or hold_globals):
             step_size = self._cached_curvature(log_joint, packed, moved)
         relaxed = relax(
             log_joint,
@@ -392,8 +410,10 @@ class PredictiveCoding(CapturedStep):
             noncentered=moved,
             tolerance=self.tolerance,
             hold_globals=hold_globals,
+            solver=solver,
+            data_args=self.data_args,
         )
-        self.gradient_evaluations += relaxed.num_gradients * max(1, read.num_rows)
+        self.gradient_evaluations += relaxed.row_gradients
         return self._values(log_joint, relaxed.packed), relaxed
 
     def _start_packed(self, log_joint: LogJoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -448,11 +468,22 @@ class PredictiveCoding(CapturedStep):
 
     def _noncentered(self, read: Layout) -> tuple[str, ...]:
         """Sites that move in standardized coordinates; the others stay centered."""
-        if self.parameterization == "centered":
+        chosen = self.parameterization
+        if chosen == "auto":
+            chosen = self._choice(read).parameterization
+        if chosen == "centered":
             return ()
         return tuple(
             name for name, site in read.sites.items() if location_scale.is_location_scale(site.fn)
         )
+
+    def _choice(self, read: Layout) -> Choice:
+        """What ``"auto"`` stands for in a call."""
+        self._chosen = choose(read)
+        return self._chosen
+
+    def _refusal(self) -> str | None:
+        return None if self.solver == "auto" else solvers.make(self.solver).uncapturable
 
     def _cached_curvature(
         self, log_joint: LogJoint, packed: dict[str, Tensor], moved: tuple[str, ...]
@@ -480,8 +511,12 @@ class PredictiveCoding(CapturedStep):
     def __repr__(self) -> str:
         """The regime of the relaxation, and which latents persist."""
         kept = "none" if self._globals is None else ", ".join(self._globals)
+        solver = self.solver if isinstance(self.solver, str) else repr(self.solver)
+        if self.solver == "auto" and self._chosen is not None:
+            chosen = self._chosen
+            solver = f"auto: {chosen.solver}, {chosen.parameterization} ({chosen.reason})"
         return (
-            f"PredictiveCoding({self.parameterization}, num_steps={self.num_steps}, "
+            f"PredictiveCoding({self.parameterization}, {solver}, num_steps={self.num_steps}, "
             f"step_size={self.step_size!r}, jacobian={self.jacobian}, persistent latents: {kept})"
         )
 

@@ -8,11 +8,14 @@ The step of a row is 1 / lambda_max of its own Hessian block, found by power ite
 halved where the energy of the row would rise. With global latents all move as one unit; each
 block is scaled by its own curvature, and half of that step is stable because two blocks of a
 positive definite matrix can at most double each other's curvature.
+
+How the steps are made is the solver's part (:mod:`guides.inference.solvers`); rows that are done
+are taken out of the batch (:mod:`guides.inference.compaction`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +23,15 @@ from torch import Tensor
 
 from guides.capturing import is_capturing
 from guides.energy import LogJoint
+from guides.inference import solvers
+from guides.inference.compaction import Batch
+from guides.inference.solvers.solver import Solver, check_solver
+from guides.inference.units import EnergyFunction, Packed, Point, Units, energy_function
 
 __all__ = ["Relaxed", "curvature", "energy_function", "relax"]
 
-Packed = dict[str, Tensor]
 _POWER_ITERATIONS = 12
 _SAFETY = 1.1
-_GROWTH = 1.2
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Relaxed:
             ``scales`` where those are given.
         num_gradients: Gradients of a row that were taken, Hessian products counted twice.
         num_steps: Updates that were made.
+        num_products: Gradients and Hessian products, each counted once.
+        row_gradients: As ``num_gradients``, summed over the rows: those that were taken out of
+            the batch cost nothing any more.
     """
 
     packed: Packed
@@ -51,21 +59,8 @@ class Relaxed:
     step: Tensor
     num_gradients: int
     num_steps: int
-
-
-EnergyFunction = Callable[[Packed], tuple[Tensor, tuple[Tensor, Tensor]]]
-
-
-def energy_function(
-    log_joint: LogJoint, *, jacobian: bool, noncentered: Collection[str] = ()
-) -> EnergyFunction:
-    """The energy of packed latents: its total, and the rows' and global parts beside it."""
-
-    def energy(packed: Packed) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        rows, other = log_joint.packed(packed, jacobian=jacobian, noncentered=noncentered)
-        return -log_joint.total(rows, other), (-rows, -other)
-
-    return energy
+    num_products: int
+    row_gradients: int
 
 
 def curvature(
@@ -88,7 +83,7 @@ def curvature(
 
     result: Packed = {}
     with torch.no_grad():
-        _, product = torch.func.vjp(gradient, packed)
+        product = torch.func.vjp(gradient, packed)[1]
         for name, value in packed.items():
             # One fixed start for every row: reproducible, blind to the place in the batch, and
             # it leaves the random state alone.
@@ -118,111 +113,104 @@ def relax(
     noncentered: Collection[str] = (),
     tolerance: float = 0.0,
     hold_globals: bool = False,
+    solver: str | Solver = "gradient",
+    data_args: Mapping[str, int] | None = None,
 ) -> Relaxed:
-    """Relax packed latents by gradient descent on the energy.
+    """Relax packed latents on the energy.
 
     Args:
         log_joint: The log joint of the call.
         packed: Start, ``{group: (B, K) or (K,)}``.
         num_steps: Number of updates.
-        step_size: A number for plain gradient descent with that step everywhere; ``"auto"`` for
-            steps from the curvature with backtracking; or curvatures by group that were found
-            before.
+        step_size: A number for plain steps of that size everywhere, never shortened; ``"auto"``
+            for steps from the curvature with backtracking; or curvatures by group that were found
+            before. Solvers that find the length of their steps themselves take ``"auto"`` only.
         jacobian: Whether the energy is that of unconstrained space.
         noncentered: Sites that are moved in standardized coordinates.
-        tolerance: Stop when every gradient is smaller than this in absolute value.
+        tolerance: A unit stops when its gradient is nowhere larger than this in absolute value.
         hold_globals: Move the rows' latents only; the gradient of the held ones is still taken.
+        solver: A key of ``guides.inference.solvers.SOLVERS``, or a solver.
+        data_args: Which arguments of the model hold rows, see :func:`guides.rows.data_args_of`;
+            rows that have stopped are then left out of the batch.
 
     Returns:
         The relaxed latents.
 
     Raises:
-        ValueError: Where the energy is not finite at the start, or a fixed step diverged.
+        ValueError: Where the energy is not finite at the start, a fixed step diverged, or the
+            solver takes no step size.
     """
-    scale = log_joint.layout.scale
-    energy = energy_function(log_joint, jacobian=jacobian, noncentered=noncentered)
-    evaluate = torch.func.grad(energy, has_aux=True)
-
-    def gradient(point: Packed) -> tuple[Packed, Tensor, Tensor]:
-        grads, (rows, other) = evaluate(point)
-        return {k: g / scale if g.dim() == 2 else g for k, g in grads.items()}, rows, other
-
-    state = {name: value.detach() for name, value in packed.items()}
-    num_gradients = 0
+    method = solvers.make(solver)
+    check_solver(method, step_size)
+    fixed = isinstance(step_size, (int, float))
+    number = float(step_size) if isinstance(step_size, (int, float)) else 1.0
+    start = {name: value.detach() for name, value in packed.items()}
+    units = Units(
+        log_joint, start, jacobian=jacobian, noncentered=noncentered, hold_globals=hold_globals
+    )
+    done = 0
     with torch.no_grad():
-        grads, rows, other = gradient(state)
-        num_gradients += 1
-        _check_finite(log_joint, rows, other)
-        automatic = not isinstance(step_size, (int, float))
-        if step_size == "auto":
-            found = curvature(energy, state, scale)
-            num_gradients += 2 * _POWER_ITERATIONS * len(state) + 1
-        elif automatic:
-            found = dict(step_size)
-        moving = [name for name in state if not (hold_globals and name == "global")]
-        joint = "global" in moving
-        if automatic:
-            base = {
-                k: 1.0 / (_SAFETY * c.clamp_min(1e-12) * (2.0 if len(moving) > 1 else 1.0))
-                for k, c in found.items()
+        if not units.moving:
+            return _held(units, start)
+        point = units.at(units.flatten(start))
+        _check_finite(log_joint, point)
+        if fixed:
+            steps = {
+                k: torch.full(v.shape[:-1], number).to(v).reshape(-1) for k, v in start.items()
             }
+        elif not method.uses_curvature:
+            steps = {k: torch.ones_like(v[..., 0]).reshape(-1) for k, v in start.items()}
         else:
-            base = {
-                k: torch.full(v.shape[:-1], step_size).to(v).reshape(-1) for k, v in state.items()
-            }
-        units = 1 if joint else rows.shape[0]
-        factor = torch.ones(units, dtype=rows.dtype, device=rows.device)
-        done = 0
-        for _ in range(num_steps if moving else 0):
-            if tolerance and all(bool((grads[k].abs() <= tolerance).all()) for k in moving):
+            if step_size == "auto":
+                found = curvature(units.function, start, units.scale)
+                units.count(gradients=1, products=_POWER_ITERATIONS * len(start))
+            else:
+                found = dict(step_size)  # type: ignore[arg-type]
+            share = 2.0 if len(units.moving) > 1 else 1.0
+            steps = {k: 1.0 / (_SAFETY * c.clamp_min(1e-12) * share) for k, c in found.items()}
+        state = method.start(units, point, units.weights(steps), fixed)
+        batch = Batch(units, point, state, data_args)
+        for i in range(num_steps):
+            if tolerance and method.idle and not batch.settle(tolerance):
                 break
-            step = {k: _expand(base[k] * factor, state[k]) for k in moving}
-            trial = {
-                k: (v - step[k] * grads[k]).to(v.dtype) if k in moving else v
-                for k, v in state.items()
-            }
-            new_grads, new_rows, new_other = gradient(trial)
-            num_gradients += 1
+            batch.step(method, last=i == num_steps - 1)
             done += 1
-            if not automatic:
-                state, grads, rows, other = trial, new_grads, new_rows, new_other
-                continue
-            before = (scale * rows.sum() + other).reshape(1) if joint else rows
-            after = (scale * new_rows.sum() + new_other).reshape(1) if joint else new_rows
-            # Rounding may raise a converged energy by an ulp or so; that is no reason to stop.
-            slack = 8 * torch.finfo(before.dtype).eps * (1 + before.abs())
-            accepted = (after <= before + slack) & torch.isfinite(after)
-            factor = torch.where(accepted, (factor * _GROWTH).clamp_max(1.0), factor * 0.5)
-            state = {
-                k: _choose(accepted, trial[k], v) if k in moving else v for k, v in state.items()
-            }
-            grads = {
-                k: _choose(accepted, new_grads[k], g) if k in moving else g
-                for k, g in grads.items()
-            }
-            rows = torch.where(accepted, new_rows, rows)
-            other = torch.where(accepted[0], new_other, other) if joint else new_other
-        if not automatic:
-            _check_finite(log_joint, rows, other, diverged=True)
-        if hold_globals and "global" in state:
+        point, factor = batch.gather()
+        if fixed:
+            _check_finite(log_joint, point, diverged=True)
+        gradient = units.packed(point.gradient)
+        gradient = {k: gradient[k] for k in units.moving}
+        result, rows, other = units.packed(point.x), point.rows, point.other
+        if units.joint:
+            gradient = units.per_row(gradient)
+        if hold_globals and "global" in start:
             # Rows were accepted one by one, so the gradient of what they share is taken at last.
-            grads, rows, other = gradient(state)
-            num_gradients += 1
-    return Relaxed(state, rows, other, grads, factor, num_gradients, done)
+            held = _held(units, result)
+            gradient, rows, other = held.gradient, held.energy, held.energy_global
+    counts = units.counts
+    return Relaxed(
+        result,
+        rows,
+        other,
+        gradient,
+        factor,
+        counts.gradients + 2 * counts.products,
+        done,
+        counts.gradients + counts.products,
+        counts.rows,
+    )
 
 
-def _expand(step: Tensor, value: Tensor) -> Tensor:
-    """A step a row, or one for all, shaped to multiply packed latents."""
-    return step.unsqueeze(-1) if value.dim() == 2 else step
+def _held(units: Units, state: Packed) -> Relaxed:
+    """The gradient of all latents, moving or not, at a state."""
+    units.count(gradients=1)
+    grads, (rows, other) = torch.func.grad(units.function, has_aux=True)(state)
+    factor = torch.ones(len(rows) or 1, dtype=other.dtype, device=other.device)
+    return Relaxed(state, rows, other, units.per_row(grads), factor, 1, 0, 1, max(1, len(rows)))
 
 
-def _choose(accepted: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(accepted.unsqueeze(-1) if old.dim() == 2 else accepted, new, old)
-
-
-def _check_finite(
-    log_joint: LogJoint, rows: Tensor, other: Tensor, diverged: bool = False
-) -> None:
+def _check_finite(log_joint: LogJoint, point: Point, diverged: bool = False) -> None:
+    rows, other = point.rows, point.other
     if is_capturing() or (bool(torch.isfinite(rows).all()) and bool(torch.isfinite(other))):
         return
     if diverged:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
-from guides import location_scale
-from guides.energy import SiteTerms
+from guides.gauss_newton import CurvatureTerms, is_gaussian
 from guides.schemes.bound import RowBound
 from guides.schemes.recording import Iterate, Refined, active
 from guides.schemes.refinement import Refinement, State
 from guides.schemes.scheme import Call
 from guides.sites import Group
-from guides.supports import unwrap
 
 __all__ = ["LaplaceRefinement", "row_hessian"]
 
@@ -218,27 +214,6 @@ def row_hessian(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     return columns.movedim(0, -1)
 
 
-class _Curvature(SiteTerms):
-    """Site terms whose Hessian at a reference point is the Gauss-Newton curvature."""
-
-    def density_of(self, site: Mapping[str, Any]) -> Tensor:
-        name, fn, value = site["name"], site["fn"], site["value"]
-        if self.reference is None or name not in self.reference.fns:
-            raise ValueError(f"Site {name!r} appeared while the curvature was taken.")
-        before = self.reference.fns[name]
-        if site["is_observed"] and name not in self.given:
-            try:
-                return kl_divergence(before, fn)
-            except NotImplementedError:
-                return -fn.log_prob(value)
-        if type(unwrap(fn)).__name__ not in ("Normal", "MultivariateNormal"):
-            return -fn.log_prob(value)
-        old = location_scale.inverse(before, self.reference.values[name])
-        change = location_scale.inverse(fn, value) - old
-        half = 0.5 * change.square()
-        return half.flatten(-site["fn"].event_dim).sum(-1) if site["fn"].event_dim else half
-
-
 def _gauss_newton(bound: RowBound, u: Tensor) -> Callable[[Tensor], Tensor]:
     log_joint = bound.log_joint
     read = log_joint.layout
@@ -251,10 +226,10 @@ def _gauss_newton(bound: RowBound, u: Tensor) -> Callable[[Tensor], Tensor]:
 
     def function(v: Tensor) -> Tensor:
         constrained, log_dets = values(v)
-        terms = log_joint.run(constrained, terms=_Curvature, reference=reference)
+        terms = log_joint.run(constrained, terms=CurvatureTerms, reference=reference)
         rows, _ = terms.total()
         for name, log_det in log_dets.items():
-            gaussian = type(unwrap(terms.fns[name])).__name__ in ("Normal", "MultivariateNormal")
+            gaussian = is_gaussian(terms.fns[name])
             if read.sites[name].row_dim is not None and name not in bound.plain and not gaussian:
                 rows = rows - log_det
         return rows
