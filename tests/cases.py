@@ -14,7 +14,7 @@ import pyro
 
 import guides
 from guides.grid import cell_name, refusal
-from guides.inference import SVI, CompiledSVI, PredictiveCoding
+from guides.inference import SVI, CompiledSVI, LangevinPredictiveCoding, PredictiveCoding
 from guides.objectives import RefinementELBO
 from tests.model_cases import MODEL_CASES
 
@@ -113,6 +113,11 @@ LOOP_CASES = {
     "compiled_svi": LoopCase(
         lambda model, guide, optim: CompiledSVI(
             model, guide, optim, RefinementELBO(), mode="graph"
+        )
+    ),
+    "langevin_predictive_coding": LoopCase(
+        lambda model, guide, optim: LangevinPredictiveCoding(
+            model, optim, num_steps=3, num_mixing=2, num_samples=2
         )
     ),
     "predictive_coding": LoopCase(

@@ -126,7 +126,7 @@ def test_a_loop_runs_the_pair(model_name: str, guide_name: str, loop_name: str) 
         # Every pair of the registries has a graph; one that falls back must be listed here.
         assert [(kind.mode, kind.reason) for kind in loop.compiled] == [("graph", None)]
     both = ("model", "guide")
-    learns = {"svi": both, "compiled_svi": both, "predictive_coding": ("model",)}[loop_name]
+    learns = both if loop_name in ("svi", "compiled_svi") else ("model",)
     for role, module in modules.items():
         moved = [n for n, p in module.named_parameters() if not torch.equal(p, before[role][n])]
         if role in learns:

@@ -7,6 +7,9 @@ from typing import Any
 
 LOOPS = {
     "compiled_svi": "guides.inference.compiled_svi:CompiledSVI",
+    "langevin_predictive_coding": (
+        "guides.inference.langevin_predictive_coding:LangevinPredictiveCoding"
+    ),
     "svi": "guides.inference.svi:SVI",
     "predictive_coding": "guides.inference.predictive_coding:PredictiveCoding",
 }
@@ -14,7 +17,9 @@ LOOPS = {
 _EXPORTS = {
     "Compiled": "guides.capture.kind",
     "CompiledSVI": "guides.inference.compiled_svi",
+    "ChainGaussian": "guides.inference.chain_gaussian",
     "IndefiniteHessianError": "guides.inference.laplace_guide",
+    "LangevinPredictiveCoding": "guides.inference.langevin_predictive_coding",
     "Laplace": "guides.inference.laplace_guide",
     "PredictiveCoding": "guides.inference.predictive_coding",
     "Run": "guides.inference.running",

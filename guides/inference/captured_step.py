@@ -73,6 +73,10 @@ class CapturedStep:
         """Why no step of this object, as it is set, can be captured; None where it can."""
         return None
 
+    def _touched(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Parameters of the programs whose parameters may learn, by name."""
+        return capture(self.model, args, kwargs)
+
     def _refresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Renew, before a captured step, what is not renewed in every step."""
 
@@ -121,7 +125,7 @@ class CapturedStep:
         if self.tolerance:
             raise CaptureError("tolerance ends a relaxation by the values of its gradients")
         args, kwargs = arguments.build(arguments.tensors)
-        used = capture(self.model, args, kwargs)
+        used = self._touched(args, kwargs)
         parameters = list({id(t): t for t in used.values() if t.requires_grad}.values())
         state = self._tensors()
 
