@@ -170,7 +170,7 @@ def _capture(
 
     # Inputs are wrapped, and a tensor that is both a parameter and an argument would be two.
     try:
-        with pyro.validation_enabled(False), capturing(), _WithinTorch():
+        with pyro.validation_enabled(False), _unvalidated(), capturing(), _WithinTorch():
             module = trace(flat, [value.detach() for value in data])
     except CaptureError:
         raise
@@ -197,6 +197,23 @@ def _capture(
         num_extras=num_extras[0],
         live=tuple(live),
     )
+
+
+@contextlib.contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Let no distribution check values, not even one that was told to when it was made.
+
+    ``expand`` writes the setting of its day into the instance, so that the priors of a
+    ``PyroSample``, made with the module, would check values whatever the setting is now.
+    """
+
+    def keep(owner: Any, value: bool) -> None:
+        owner.__dict__["_validate_args"] = value
+
+    # A property of the class comes before what is written in an instance.
+    switched_off = property(lambda owner: False, keep)
+    with mock.patch.object(torch.distributions.Distribution, "_validate_args", switched_off):
+        yield
 
 
 class _WithinTorch(TorchFunctionMode):
