@@ -54,7 +54,7 @@ docs: $(VENV)/.dev  ## run every code block of the README and docs/, and every d
 reference: $(VENV)/.dev  ## the API reference from the docstrings, into build/reference/
 	@$(BIN)/python docs/reference.py build/reference
 
-tables: $(VENV)/.dev  ## write the README's tables again from the registries and the committed records
+tables: $(VENV)/.dev  ## write the generated tables again, from the registries, the committed records and the capture suite
 	@$(BIN)/python docs/tables.py
 
 wheel: $(VENV)/.dev  ## build the wheel into dist/

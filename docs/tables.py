@@ -1,7 +1,10 @@
-"""Write the README's tables again: models and guides from the registries, results from records.
+"""Write the generated tables again, of the README and of docs/compiled.md.
 
-    python docs/tables.py            write README.md
-    python docs/tables.py --check    exit with 1 where README.md is not what this would write
+    python docs/tables.py            write the pages
+    python docs/tables.py --check    exit with 1 where a page is not what this would write
+
+Models and guides come from the registries, results from the committed records, and what has a
+graph from the capture suite and from programs that are run here (``docs/captured.py``).
 
 A table stands between the marks ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """
@@ -21,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 RECORDS = ROOT / "benchmarks" / "records" / "quick"
 
 # `python docs/tables.py` puts docs/, not the repository, on the path.
@@ -296,30 +298,67 @@ def _speed(found: Found) -> str:
     return table(header, rows, "l" + "r" * (len(header) - 1))
 
 
+def captured() -> str:
+    """What the capture suite holds to have a graph, and programs that have none."""
+    from docs.captured import objectives, pairs, programs
+    from guides.families import FAMILIES
+    from tests.captured_cases import OBJECTIVE_FAMILIES
+    from tests.cases import CORE_GUIDES, TWO_LEVELS
+
+    rows, exceptions, others = pairs()
+    models = ", ".join(f"`{name}`" for name in others)
+    core = ", ".join(f"`{name}`" for name in CORE_GUIDES)
+    parts = [
+        f"Families (rows) and schemes (columns) on `{TWO_LEVELS}`; an empty cell is no guide:",
+        _turned(["Family", *(row[0] for row in rows)], rows, list(FAMILIES)),
+        f"Every one of {models} with every one of {core} is tried, too.",
+        "Of these pairs, none runs eagerly."
+        if not exceptions
+        else table(["Model", "Guide", "Runs eagerly because"], exceptions),
+        "Objectives (columns), with a point, two Gaussians, a mixture, an auxiliary-variable flow "
+        "and a flow under an encoder. What an objective refuses itself is told by its eager step, "
+        "too:",
+        _turned(
+            ["Family", *(row[0] for row in objectives())], objectives(), list(OBJECTIVE_FAMILIES)
+        ),
+        "Programs that run eagerly, and what `compiled` says of them:",
+        table(["What the program does", "Reason"], programs()),
+    ]
+    return "\n\n".join(parts)
+
+
+def _turned(header: Sequence[str], rows: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+    """A table whose columns are these rows."""
+    cells = [[f"`{name}`", *(row[i + 1] for row in rows)] for i, name in enumerate(names)]
+    return table([header[0], *(f"`{name}`" for name in header[1:])], cells)
+
+
 def _paired(high: Sequence[float], low: Sequence[float]) -> str:
     differences = [a - b for a, b in zip(high, low, strict=True)]
     error = 2 * statistics.stdev(differences) / len(differences) ** 0.5
     return f"{statistics.mean(differences):+.2f} ± {error:.2f}"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "models": models,
-    "guides": grid,
-    "results": results,
-    "studies": studies,
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"models": models, "guides": grid, "results": results, "studies": studies},
+    "docs/compiled.md": {"captured": captured},
 }
 
 
-def rewritten(text: str) -> str:
-    """The page with its tables made again.
+def rewritten(page: str, text: str) -> str:
+    """A page with its tables made again.
+
+    Args:
+        page: Its path from the root of the repository.
+        text: What it holds.
 
     Raises:
         ValueError: If the marks of a table are not there, once each.
     """
-    for name, make in TABLES.items():
+    for name, make in TABLES[page].items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md must have {begin} and {end}, once each.")
+            raise ValueError(f"{page} must have {begin} and {end}, once each.")
         head, rest = text.split(begin)
         tail = rest.split(end)[1]
         text = f"{head}{begin}\n{make()}\n{end}{tail}"
@@ -331,17 +370,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, show what differs")
     options = parser.parse_args(arguments)
-    before = README.read_text(encoding="utf-8")
-    after = rewritten(before)
-    if options.check:
+    differs = False
+    for page in TABLES:
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = rewritten(page, before)
+        if not options.check:
+            (ROOT / page).write_text(after, encoding="utf-8")
+            continue
         old, new = before.splitlines(), after.splitlines()
-        for line in difflib.unified_diff(old, new, "README.md", "generated", lineterm="", n=0):
+        for line in difflib.unified_diff(old, new, page, "generated", lineterm="", n=0):
             print(line)
         if before != after:
-            print("README.md is not what docs/tables.py writes. The fix: make tables")
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+            print(f"{page} is not what docs/tables.py writes. The fix: make tables")
+            differs = True
+    return int(differs)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ class Kind:
             with _python_draws_kept():
                 self._capture(setup)
         except CaptureError as error:
-            self.graph, self.reason = None, str(error)
+            # Pyro adds the shapes of the trace to what is raised inside of a program.
+            self.graph, self.reason = None, (str(error).splitlines() or [""])[0]
         except Exception as error:
             # What is wrong with the program itself, its eager step says.
             first = (str(error).splitlines() or [""])[0][:160]
