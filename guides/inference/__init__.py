@@ -18,6 +18,8 @@ _EXPORTS = {
     "Compiled": "guides.capture.kind",
     "CompiledSVI": "guides.inference.compiled_svi",
     "ChainGaussian": "guides.inference.chain_gaussian",
+    "Dependencies": "guides.inference.dependencies",
+    "DivideAndConquer": "guides.inference.divide_and_conquer",
     "IndefiniteHessianError": "guides.inference.laplace_guide",
     "LangevinPredictiveCoding": "guides.inference.langevin_predictive_coding",
     "Laplace": "guides.inference.laplace_guide",
