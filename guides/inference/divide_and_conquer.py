@@ -141,6 +141,7 @@ class DivideAndConquer:
                 'there. Leave it out, or use variant="corrected".'
             )
         self.model = model
+        self.guide = None
         self.optim = optim
         self.num_particles = num_particles
         self.num_sweeps = num_sweeps

@@ -9,6 +9,7 @@ data plate and ``(K, d)`` outside.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ class ParticleDensity:
     def prior(self, num_particles: int) -> Particles:
         """Draw particles from the prior."""
 
-        def one(_: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        def one() -> dict[str, Tensor]:
             values = self.log_joint.run(complete=False, density=False).values
             return {
                 name: site.flatten(site.unconstrain(values[name].expand(site.shape)))
@@ -74,8 +75,11 @@ class ParticleDensity:
 
         with torch.no_grad():
             try:
-                dummy = torch.zeros(num_particles)
-                draws = torch.func.vmap(lambda _: one(), randomness="different")(dummy)
+                with warnings.catch_warnings():
+                    # A missing batching rule costs time, not correctness.
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    dummy = torch.zeros(num_particles)
+                    draws = torch.func.vmap(lambda _: one(), randomness="different")(dummy)
             except NotImplementedError as error:
                 raise ValueError(
                     "Particles start at draws from the prior, and a latent of this program has a "
@@ -111,7 +115,8 @@ class ParticleDensity:
             found = self.values(particle)[0]
             return {name: value.expand(self.sites[name].shape) for name, value in found.items()}
 
-        return self.over(one, particles)
+        with torch.no_grad():
+            return self.over(one, particles)
 
     def over(self, function: Callable[[Particles], Any], particles: Particles) -> Any:
         """A function of one particle at all of them."""

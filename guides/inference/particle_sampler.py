@@ -90,6 +90,7 @@ class Sampler:
             log_normalizer=like.new_zeros(units),
         )
 
+    @torch.no_grad()
     def anneal(
         self,
         density: ParticleDensity,
@@ -130,6 +131,7 @@ class Sampler:
             before = beta
         return cloud
 
+    @torch.no_grad()
     def sweep(
         self,
         density: ParticleDensity,
@@ -235,8 +237,7 @@ class Sampler:
             else:
                 particles[name] = proposed[name][indices[:, 0]]
                 total = total + (conditional[indices[:, 0]] - mean).unsqueeze(-1)
-        with torch.no_grad():
-            log_joint = density.units(*density.log_joint_of(particles))
+        log_joint = density.units(*density.log_joint_of(particles))
         return replace(
             cloud,
             particles=particles,
