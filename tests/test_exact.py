@@ -11,7 +11,7 @@ import guides
 import zoo
 from guides.diagnostics import elbo, log_evidence, pareto_khat
 from guides.inference import SVI, PredictiveCoding, relaxation
-from guides.inference.laplace_guide import hessian
+from guides.inference.curvature import hessian
 
 DEPTHS = {1: (3, 5), 2: (2, 3, 5), 3: (2, 2, 3, 5)}
 

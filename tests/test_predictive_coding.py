@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import guides
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding, laplace
-from guides.inference.laplace_guide import hessian
+from guides.inference.curvature import hessian
 from guides.inference.newton import newton
 from guides.inference.relaxation import relax
 

@@ -21,6 +21,7 @@ _EXPORTS = {
     "Dependencies": "guides.inference.dependencies",
     "DivideAndConquer": "guides.inference.divide_and_conquer",
     "IndefiniteHessianError": "guides.inference.laplace_guide",
+    "KinkError": "guides.inference.curvature",
     "LangevinPredictiveCoding": "guides.inference.langevin_predictive_coding",
     "Laplace": "guides.inference.laplace_guide",
     "PredictiveCoding": "guides.inference.predictive_coding",

@@ -11,8 +11,9 @@ from torch import Tensor
 from guides.arguments import did_you_mean
 from guides.capturing import is_capturing
 from guides.energy import LogJoint
+from guides.inference.curvature import hessian
 from guides.inference.langevin import Evaluate, Metric, State
-from guides.inference.laplace_guide import IndefiniteHessianError, hessian
+from guides.inference.laplace_guide import IndefiniteHessianError
 from guides.inference.relaxation import energy_function
 from guides.layout import Layout
 

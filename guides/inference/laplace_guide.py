@@ -1,4 +1,4 @@
-"""Laplace posteriors: a Gaussian at given latents with the exact Hessian of the energy.
+"""Laplace posteriors: a Gaussian at given latents with the Hessian of the energy.
 
 Without global latents every row has its own Gaussian,
 
@@ -15,8 +15,7 @@ Gaussian model at its mode this is the posterior, and its evidence is log p(x).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -25,83 +24,18 @@ from torch import Tensor
 
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
-from guides.inference.units import EnergyFunction, energy_function
+from guides.inference.curvature import check_kinks
+from guides.inference.curvature import hessian as hessian_blocks
 from guides.probe import Program
 from guides.recipe import Recipe
 from guides.schemes.scheme import Call
 from guides.sites import Group, Plate
 
-__all__ = ["IndefiniteHessianError", "Laplace", "hessian", "laplace"]
+__all__ = ["IndefiniteHessianError", "Laplace", "laplace"]
 
 
 class IndefiniteHessianError(ValueError):
     """The energy is not convex at the latents, so no Gaussian has its Hessian as precision."""
-
-
-def hessian(
-    log_joint: LogJoint,
-    packed: Mapping[str, Tensor],
-    *,
-    jacobian: bool = True,
-    energy: EnergyFunction | None = None,
-    held: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Exact Hessian blocks of the energy, one Hessian product per coordinate of a row.
-
-    Args:
-        log_joint: The log joint of the call.
-        packed: Where to take it, ``{group: (B, K) or (K,)}``.
-        jacobian: Whether the energy is that of unconstrained space.
-        energy: Another energy of the packed latents whose Hessian is meant.
-        held: Packed latents that are constants, by group.
-
-    Returns:
-        ``"local"`` (B, K, K) and ``"cross"`` (B, K, G), both without N/B, and ``"global"``
-        (G, G) with it; keys only for the groups that exist.
-    """
-    if energy is None:
-        energy = energy_function(log_joint, jacobian=jacobian)
-    constant = {} if held is None else dict(held)
-    scale = log_joint.layout.scale
-    packed = {name: value.detach() for name, value in packed.items()}
-
-    def gradient(point: dict[str, Tensor]) -> dict[str, Tensor]:
-        return torch.func.grad(lambda p: energy({**constant, **p})[0])(point)
-
-    blocks: dict[str, Tensor] = {}
-    with torch.no_grad():
-        _, product = torch.func.vjp(gradient, packed)
-        for name, value in packed.items():
-            size = value.shape[-1]
-            basis = torch.eye(size, dtype=value.dtype, device=value.device)
-            if value.dim() == 2:
-                # The energy of a row knows no other row, so one vector probes all rows at once.
-                basis = basis.unsqueeze(1).expand(size, *value.shape)
-            directions = {
-                k: basis if k == name else v.expand(size, *v.shape) * 0 for k, v in packed.items()
-            }
-            columns = _columns(product, directions, size)
-            if value.dim() == 2:
-                blocks["local"] = columns[name].movedim(0, -1) / scale  # (B, K, K)
-            else:
-                blocks["global"] = columns[name].movedim(0, -1)  # (G, G)
-                if "data" in packed:
-                    blocks["cross"] = columns["data"].movedim(0, -1) / scale  # (B, K, G)
-    return blocks
-
-
-def _columns(
-    product: Callable[..., Any], directions: dict[str, Tensor], size: int
-) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            # A missing batching rule costs time, not correctness.
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            return torch.func.vmap(lambda v: product(v)[0])(directions)
-    except RuntimeError:
-        # Operations without a batching rule still have single products.
-        rows = [product({k: v[i] for k, v in directions.items()})[0] for i in range(size)]
-        return {k: torch.stack([row[k] for row in rows]) for k in directions}
 
 
 def laplace(
@@ -112,6 +46,7 @@ def laplace(
     *,
     data_plate: str | None = "auto",
     jacobian: bool = True,
+    hessian: str = "exact",
     name: str | None = None,
     indices: Mapping[str, Tensor] | None = None,
 ) -> Laplace:
@@ -125,6 +60,9 @@ def laplace(
         data_plate: See :func:`guides.layout.layout`.
         jacobian: Take the Hessian of the log density in unconstrained space, which is what a
             Gaussian in that space approximates.
+        hessian: ``"exact"``; ``"gauss_newton"``, positive definite with proper priors and defined
+            at kinks, see :mod:`guides.gauss_newton`; or ``"diagonal"``, independent latents with
+            the diagonal of the exact one.
         name: Prefix of the guide in Pyro's store.
         indices: Row numbers of ``values``, for a plate that the program subsamples at random.
 
@@ -133,6 +71,8 @@ def laplace(
 
     Raises:
         IndefiniteHessianError: Where the Hessian is not positive definite.
+        KinkError: Where a site's density has a kink at the latents, and the Hessian is not
+            Gauss-Newton.
 
     Example:
         >>> import pyro
@@ -147,7 +87,7 @@ def laplace(
     """
     kwargs = {} if kwargs is None else kwargs
     guide = Laplace(model, args, kwargs, data_plate=data_plate, name=name)
-    guide.set(values, args, kwargs, jacobian=jacobian, indices=indices)
+    guide.set(values, args, kwargs, jacobian=jacobian, hessian=hessian, indices=indices)
     return guide
 
 
@@ -162,6 +102,9 @@ class Laplace(ProgramGuide):
         name: Prefix of the guide in Pyro's store.
     """
 
+    hessian: str = "exact"
+    """Which Hessian of the energy is the precision."""
+
     minibatch_estimate: bool = False
     """Whether the covariance of global latents was estimated from a subsample of the rows."""
 
@@ -172,6 +115,7 @@ class Laplace(ProgramGuide):
         kwargs: Mapping[str, Any],
         *,
         jacobian: bool = True,
+        hessian: str = "exact",
         indices: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Center the guide at ``values`` and take the Hessian there."""
@@ -179,13 +123,16 @@ class Laplace(ProgramGuide):
         packed = read.pack({name: value.detach() for name, value in values.items()})
         log_joint = LogJoint(self.model, args, kwargs, layout=read)
         log_joint.check_rows(packed, jacobian=jacobian)
-        blocks = hessian(log_joint, packed, jacobian=jacobian)
+        blocks = hessian_blocks(log_joint, packed, jacobian=jacobian, kind=hessian)
+        if hessian != "gauss_newton":
+            check_kinks(log_joint, packed, blocks)
         self.plate = read.data_plate
+        self.hessian = hessian
         self.recipe = Recipe.of("laplace", None, {}, args, kwargs)
         tril: dict[str, Tensor] = {}
         if "local" in blocks:
             local = _symmetric(blocks["local"])
-            _check_definite(local, read.group("data"))
+            _check_definite(local, read.group("data"), hessian)
             tril["data"] = _scale_tril(local)
             if "cross" in blocks:
                 gain = torch.linalg.solve(local, blocks["cross"])  # (B, K, G)
@@ -195,7 +142,7 @@ class Laplace(ProgramGuide):
                 self.minibatch_estimate = read.scale != 1.0
         if "global" in blocks:
             schur = _symmetric(blocks["global"])
-            _check_definite(schur.unsqueeze(0), read.group("global"))
+            _check_definite(schur.unsqueeze(0), read.group("global"), hessian)
             tril["global"] = _scale_tril(schur)
         for group in read.groups:
             self.register_buffer(f"loc_{group.name}", packed[group.name])
@@ -219,7 +166,7 @@ class Laplace(ProgramGuide):
         num_rows, size = loc.shape
         tril = tril.reshape(num_rows, *ones, size, size)
         loc = loc.reshape(num_rows, *ones, size)
-        if "global" in upstream:
+        if "global" in upstream and "gain" in self._buffers:
             gain = self.gain[rows].reshape(num_rows, *ones, size, -1)
             moved = upstream["global"] - self.loc_global
             loc = loc - (gain @ moved.unsqueeze(-1)).squeeze(-1)
@@ -255,7 +202,8 @@ class Laplace(ProgramGuide):
         """What the guide covers."""
         parts = ", ".join(f"{group.name}: {group.size}" for group in self._example.groups)
         note = "; global covariance is a minibatch estimate" if self.minibatch_estimate else ""
-        return f"Laplace({parts}; exact Hessian{note})"
+        kind = {"gauss_newton": "Gauss-Newton", "diagonal": "diagonal of the"}
+        return f"Laplace({parts}; {kind.get(self.hessian, 'exact')} Hessian{note})"
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
@@ -270,7 +218,7 @@ def _scale_tril(precision: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=False)
 
 
-def _check_definite(matrices: Tensor, group: Group) -> None:
+def _check_definite(matrices: Tensor, group: Group, kind: str) -> None:
     if not bool(torch.isfinite(matrices).all()):
         names = ", ".join(repr(site.name) for site in group.sites)
         raise IndefiniteHessianError(
@@ -290,11 +238,17 @@ def _check_definite(matrices: Tensor, group: Group) -> None:
     weight = vectors[row, :, 0].square()
     name = max(group.slices(), key=lambda item: float(weight[item[1]].sum()))[0].name
     where = "" if group.plate is None else f" in {int(bad.sum())} of {len(bad)} rows"
+    way = (
+        "Every latent needs a proper prior with curvature in its unconstrained coordinates."
+        if kind == "gauss_newton"
+        else 'Relax longer (num_steps), start from a guide, or pass hessian="gauss_newton", which '
+        "is positive definite wherever the priors are proper."
+    )
     raise IndefiniteHessianError(
         f"The Hessian of the energy is not positive definite at site {name!r}{where} (smallest "
         f"eigenvalue {float(smallest[row]):.3g}): these latents are not at a mode with curvature, "
-        "so there is no Laplace posterior. Relax longer (num_steps) or start from a guide; where "
-        "a learned scale lies above its own latents the joint density has no mode at all: write "
+        f"so there is no Laplace posterior. {way} Where a "
+        "learned scale lies above its own latents the joint density has no mode at all: write "
         "them as loc + scale * e in the model, or fit a family with a density (normal, "
         "multivariate_normal)."
     )

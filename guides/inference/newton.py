@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from guides.energy import LogJoint
-from guides.inference.laplace_guide import hessian
+from guides.inference.curvature import hessian
 from guides.inference.units import energy_function
 
 __all__ = ["newton", "newton_direction"]
@@ -31,6 +31,7 @@ def newton(
     *,
     num_steps: int,
     jacobian: bool = True,
+    kind: str = "exact",
 ) -> tuple[dict[str, Tensor], int]:
     """Take Newton steps down the energy, until they no longer move the latents.
 
@@ -39,6 +40,7 @@ def newton(
         packed: Start, centered and unconstrained, ``{group: (B, K) or (K,)}``.
         num_steps: Number of steps at most.
         jacobian: Whether the energy is that of unconstrained space.
+        kind: Which Hessian the steps take: ``"exact"`` or ``"gauss_newton"``.
 
     Returns:
         The latents, and how many gradients of a row were taken (Hessian products count two).
@@ -51,7 +53,7 @@ def newton(
     num_gradients = 0
     with torch.no_grad():
         for _ in range(num_steps):
-            blocks = hessian(log_joint, state, jacobian=jacobian)
+            blocks = hessian(log_joint, state, jacobian=jacobian, kind=kind)
             grads, (rows, other) = torch.func.grad(energy, has_aux=True)(state)
             num_gradients += 2 * size + 1
             if not all(bool(torch.isfinite(block).all()) for block in blocks.values()):

@@ -236,11 +236,17 @@ class PredictiveCoding(CapturedStep):
         """
         return self._relax(self._log_joint(args, kwargs))[0]
 
-    def posterior(self, *args: Any, **kwargs: Any) -> Laplace:
-        """Relax, go on to the mode, and take the Laplace posterior with the exact Hessian there.
+    def posterior(self, *args: Any, hessian: str = "exact", **kwargs: Any) -> Laplace:
+        """Relax, go on to the mode, and take the Laplace posterior with the Hessian there.
 
         A Laplace posterior is one of the mode, which a relaxation of a few steps only nears:
         Newton steps (:mod:`guides.inference.newton`) take the latents there.
+
+        Args:
+            *args: Positional arguments of the model.
+            hessian: ``"exact"``, ``"gauss_newton"`` (positive definite with proper priors, and
+                defined at kinks) or ``"diagonal"``; the Newton steps take the same one.
+            **kwargs: Keyword arguments of the model.
 
         Returns:
             A guide for the rows of this call. With global latents its precision has arrow form;
@@ -248,6 +254,7 @@ class PredictiveCoding(CapturedStep):
 
         Raises:
             IndefiniteHessianError: Where the relaxed state is no mode.
+            KinkError: Where a site's density has a kink at the mode.
         """
         log_joint = self._log_joint(args, kwargs)
         values, _ = self._relax(log_joint)
@@ -258,6 +265,7 @@ class PredictiveCoding(CapturedStep):
                 layout_.pack(values),
                 num_steps=self.newton_steps,
                 jacobian=self.jacobian,
+                kind="gauss_newton" if hessian == "gauss_newton" else "exact",
             )
             values = layout_.constrain(packed)
             self.gradient_evaluations += count * max(1, layout_.num_rows)
@@ -271,6 +279,7 @@ class PredictiveCoding(CapturedStep):
             kwargs,
             data_plate=plate,
             jacobian=self.jacobian,
+            hessian=hessian,
             indices=layout_.indices,
         )
 

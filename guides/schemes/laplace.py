@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from guides.gauss_newton import CurvatureTerms, is_gaussian
+from guides.gauss_newton import gauss_newton
 from guides.schemes.bound import RowBound
 from guides.schemes.recording import Iterate, Refined, active
 from guides.schemes.refinement import Refinement, State
@@ -42,10 +42,10 @@ class LaplaceRefinement(Refinement):
     shrinks where none was, so every row goes up until it is at a mode. Poisson counts of up to
     some thousands arrive there from the prior's center in four to eight steps.
 
-    With the Gauss-Newton curvature an observed site contributes the Fisher information of its
-    distribution and a Normal latent the square of its standardized error's Jacobian, which is
-    positive semidefinite whatever the networks between; other latent sites contribute their
-    exact Hessian.
+    The Gauss-Newton curvature (:mod:`guides.gauss_newton`) is positive semidefinite whatever the
+    networks between: an observed site contributes the Fisher information of its distribution, a
+    location-scale latent the square of its standardized error's Jacobian, other latents the
+    positive part of their own Hessian.
 
     A row whose gradient or curvature leaves the range of numbers is held at its last point within,
     with the curvature there; if there never was one it keeps the q that it started with.
@@ -215,26 +215,9 @@ def row_hessian(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
 
 
 def _gauss_newton(bound: RowBound, u: Tensor) -> Callable[[Tensor], Tensor]:
-    log_joint = bound.log_joint
-    read = log_joint.layout
-
-    def values(v: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        constrained, _, log_dets = log_joint.unpack({**bound.held, bound.group.name: v})
-        return constrained, log_dets
-
-    reference = log_joint.run(values(u)[0], density=False)
-
-    def function(v: Tensor) -> Tensor:
-        constrained, log_dets = values(v)
-        terms = log_joint.run(constrained, terms=CurvatureTerms, reference=reference)
-        rows, _ = terms.total()
-        for name, log_det in log_dets.items():
-            gaussian = is_gaussian(terms.fns[name])
-            if read.sites[name].row_dim is not None and name not in bound.plain and not gaussian:
-                rows = rows - log_det
-        return rows
-
-    return function
+    name = bound.group.name
+    energy = gauss_newton(bound.log_joint, {**bound.held, name: u}, plain=bound.plain)
+    return lambda v: energy({**bound.held, name: v})[1][0]
 
 
 def _start(u: Tensor) -> State:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guides.inference.laplace_guide import hessian
+from guides.inference.curvature import hessian
 from guides.inference.newton import newton_direction
 from guides.inference.solvers.solver import Solver, State, falls
 from guides.inference.units import EnergyFunction, Point, Units
