@@ -97,6 +97,27 @@ MODEL_CASES = {
             "one level": lambda: zoo.make("hierarchical_vae", x_dim=4, z_dims=(2,), hidden=(3,)),
         },
     ),
+    "sparse_coding": ModelCase(
+        build=lambda: zoo.make("sparse_coding", x_dim=4, z_dim=3, prior="cauchy"),
+        args=simulate,
+        variants={
+            # At zero its density has a kink: there is no Hessian to read a covariance from.
+            "laplace": lambda: zoo.make("sparse_coding", x_dim=4, z_dim=3),
+            "normal": lambda: zoo.make("sparse_coding", x_dim=4, z_dim=3, prior="normal"),
+        },
+    ),
+    "rao_ballard": ModelCase(
+        build=lambda: zoo.make("rao_ballard", x_dim=4, z_dims=(2, 2), num_modules=2),
+        args=simulate,
+        variants={
+            "identity, own bases": lambda: zoo.make(
+                "rao_ballard", x_dim=4, z_dims=(2, 2), activation="identity", shared=False
+            ),
+            "logistic": lambda: zoo.make(
+                "rao_ballard", x_dim=4, z_dims=(2, 2), activation="logistic"
+            ),
+        },
+    ),
     "state_space": ModelCase(
         build=lambda: zoo.make("state_space", z_dim=2, x_dim=2, num_steps=3),
         args=simulate,

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from zoo.hierarchical_vae import HierarchicalVAE
     from zoo.linear_gaussian import LinearGaussian
     from zoo.model import Model
+    from zoo.rao_ballard import RaoBallard
     from zoo.reference.eight_schools import EightSchools
     from zoo.reference.gaussian_mixture import GaussianMixture
     from zoo.reference.slcp import SLCP
     from zoo.reference.two_moons import TwoMoons
+    from zoo.sparse_coding import SparseCoding
     from zoo.state_space import StateSpace
     from zoo.vae import VAE
 
@@ -39,6 +41,8 @@ __all__ = [
     "HierarchicalVAE",
     "LinearGaussian",
     "Model",
+    "RaoBallard",
+    "SparseCoding",
     "StateSpace",
     "TwoMoons",
     "make",
@@ -49,6 +53,8 @@ MODELS = {
     "vae": "zoo.vae:VAE",
     "conv_vae": "zoo.conv_vae:ConvVAE",
     "hierarchical_vae": "zoo.hierarchical_vae:HierarchicalVAE",
+    "sparse_coding": "zoo.sparse_coding:SparseCoding",
+    "rao_ballard": "zoo.rao_ballard:RaoBallard",
     "state_space": "zoo.state_space:StateSpace",
     "eight_schools": "zoo.reference.eight_schools:EightSchools",
     "two_moons": "zoo.reference.two_moons:TwoMoons",
