@@ -19,6 +19,7 @@ class ModelCase:
         plate: Name of the plate whose rows are data.
         variants: Further constructors of the same model, by name, for tests over variants.
         mode: Whether a relaxation from the usual start nears a mode of the posterior.
+        latents: Whether there is anything to infer; fully visible models meet no guide.
     """
 
     build: Callable[[], Any]
@@ -26,6 +27,7 @@ class ModelCase:
     plate: str = "data"
     variants: dict[str, Callable[[], Any]] = field(default_factory=dict)
     mode: bool = True
+    latents: bool = True
 
 
 def simulate(model: Any) -> tuple[torch.Tensor, ...]:
@@ -126,6 +128,105 @@ MODEL_CASES = {
                 "state_space", z_dim=1, x_dim=2, num_steps=2, covariance="diagonal", bias=True
             ),
         },
+    ),
+    "whitening": ModelCase(
+        build=lambda: zoo.make("whitening", x_dim=3),
+        args=simulate,
+        latents=False,
+        variants={
+            "symmetric": lambda: zoo.make("whitening", x_dim=3, parameterization="symmetric")
+        },
+    ),
+    "flow_prior_vae": ModelCase(
+        build=lambda: zoo.make(
+            "flow_prior_vae", x_dim=4, z_dim=2, hidden=(3,), flow_hidden=(4,), levels=2
+        ),
+        args=simulate,
+    ),
+    "flow_likelihood_vae": ModelCase(
+        build=lambda: zoo.make(
+            "flow_likelihood_vae", x_dim=3, z_dim=2, hidden=(3,), flow_hidden=(4,)
+        ),
+        args=simulate,
+    ),
+    "deep_markov": ModelCase(
+        build=lambda: zoo.make(
+            "deep_markov", x_dim=3, z_dim=2, emission=4, transition=3, num_steps=3
+        ),
+        args=simulate,
+        variants={
+            "gaussian": lambda: zoo.make(
+                "deep_markov",
+                x_dim=3,
+                z_dim=2,
+                emission=4,
+                transition=3,
+                likelihood="gaussian",
+                num_steps=2,
+            ),
+        },
+    ),
+    "vrnn": ModelCase(
+        build=lambda: zoo.make("vrnn", x_dim=3, z_dim=2, recurrent=3, hidden=(3,), num_steps=3),
+        args=simulate,
+    ),
+    "srnn": ModelCase(
+        build=lambda: zoo.make("srnn", x_dim=3, z_dim=2, recurrent=3, hidden=(3,), num_steps=3),
+        args=simulate,
+    ),
+    "autoregressive_gaussian": ModelCase(
+        build=lambda: zoo.make("autoregressive_gaussian", x_dim=2, order=2, num_steps=4),
+        args=simulate,
+        latents=False,
+        variants={
+            "constant scale": lambda: zoo.make(
+                "autoregressive_gaussian", x_dim=1, constant_scale=True, num_steps=3
+            ),
+            "network": lambda: zoo.make(
+                "autoregressive_gaussian", x_dim=2, hidden=(3,), num_steps=3
+            ),
+        },
+    ),
+    "autoregressive_flow": ModelCase(
+        build=lambda: zoo.make("autoregressive_flow", x_dim=2, order=2, num_steps=4),
+        args=simulate,
+        latents=False,
+        variants={
+            "constant scale": lambda: zoo.make(
+                "autoregressive_flow", x_dim=1, constant_scale=True, num_steps=3
+            ),
+        },
+    ),
+    "temporal_difference": ModelCase(
+        build=lambda: zoo.make("temporal_difference", x_dim=2, order=2, num_steps=4),
+        args=simulate,
+        latents=False,
+    ),
+    "flow_state_space": ModelCase(
+        build=lambda: zoo.make(
+            "flow_state_space",
+            x_dim=3,
+            z_dim=2,
+            hidden=(3,),
+            transition=3,
+            levels=1,
+            flow_hidden=(),
+            num_steps=3,
+        ),
+        args=simulate,
+        variants={
+            "without a flow": lambda: zoo.make(
+                "flow_state_space", x_dim=3, z_dim=2, hidden=(3,), transition=3, levels=0
+            ),
+        },
+    ),
+    "pattern_generator": ModelCase(
+        build=lambda: zoo.make("pattern_generator", x_dim=2, num_steps=3, noise_scale=0.5),
+        args=simulate,
+    ),
+    "visual_pathway": ModelCase(
+        build=lambda: zoo.make("visual_pathway", x_dim=3, z_dims=(2, 2), hidden=(3,), num_steps=2),
+        args=simulate,
     ),
     "eight_schools": ModelCase(
         build=lambda: zoo.make("eight_schools"),

@@ -18,33 +18,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.autoregressive_flow import AutoregressiveFlow
+    from zoo.autoregressive_gaussian import AutoregressiveGaussian
     from zoo.conv_vae import ConvVAE
+    from zoo.deep_markov import DeepMarkov
+    from zoo.flow_likelihood_vae import FlowLikelihoodVAE
+    from zoo.flow_prior_vae import FlowPriorVAE
+    from zoo.flow_state_space import FlowStateSpace
     from zoo.hierarchical_vae import HierarchicalVAE
     from zoo.linear_gaussian import LinearGaussian
     from zoo.model import Model
+    from zoo.pattern_generator import PatternGenerator
     from zoo.rao_ballard import RaoBallard
     from zoo.reference.eight_schools import EightSchools
     from zoo.reference.gaussian_mixture import GaussianMixture
     from zoo.reference.slcp import SLCP
     from zoo.reference.two_moons import TwoMoons
     from zoo.sparse_coding import SparseCoding
+    from zoo.srnn import SRNN
     from zoo.state_space import StateSpace
+    from zoo.temporal_difference import TemporalDifference
     from zoo.vae import VAE
+    from zoo.visual_pathway import VisualPathway
+    from zoo.vrnn import VRNN
+    from zoo.whitening import Whitening
 
 __all__ = [
     "MODELS",
     "SLCP",
+    "SRNN",
     "VAE",
+    "VRNN",
+    "AutoregressiveFlow",
+    "AutoregressiveGaussian",
     "ConvVAE",
+    "DeepMarkov",
     "EightSchools",
+    "FlowLikelihoodVAE",
+    "FlowPriorVAE",
+    "FlowStateSpace",
     "GaussianMixture",
     "HierarchicalVAE",
     "LinearGaussian",
     "Model",
+    "PatternGenerator",
     "RaoBallard",
     "SparseCoding",
     "StateSpace",
+    "TemporalDifference",
     "TwoMoons",
+    "VisualPathway",
+    "Whitening",
     "make",
 ]
 
@@ -55,7 +79,19 @@ MODELS = {
     "hierarchical_vae": "zoo.hierarchical_vae:HierarchicalVAE",
     "sparse_coding": "zoo.sparse_coding:SparseCoding",
     "rao_ballard": "zoo.rao_ballard:RaoBallard",
+    "whitening": "zoo.whitening:Whitening",
+    "flow_prior_vae": "zoo.flow_prior_vae:FlowPriorVAE",
+    "flow_likelihood_vae": "zoo.flow_likelihood_vae:FlowLikelihoodVAE",
     "state_space": "zoo.state_space:StateSpace",
+    "deep_markov": "zoo.deep_markov:DeepMarkov",
+    "vrnn": "zoo.vrnn:VRNN",
+    "srnn": "zoo.srnn:SRNN",
+    "autoregressive_gaussian": "zoo.autoregressive_gaussian:AutoregressiveGaussian",
+    "autoregressive_flow": "zoo.autoregressive_flow:AutoregressiveFlow",
+    "temporal_difference": "zoo.temporal_difference:TemporalDifference",
+    "flow_state_space": "zoo.flow_state_space:FlowStateSpace",
+    "pattern_generator": "zoo.pattern_generator:PatternGenerator",
+    "visual_pathway": "zoo.visual_pathway:VisualPathway",
     "eight_schools": "zoo.reference.eight_schools:EightSchools",
     "two_moons": "zoo.reference.two_moons:TwoMoons",
     "slcp": "zoo.reference.slcp:SLCP",
