@@ -20,6 +20,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule
@@ -37,7 +38,7 @@ from guides.schemes.scheme import Call, Scheme
 from guides.sites import Group, Site
 from guides.supports import support_numbers
 
-__all__ = ["Guide", "ProgramGuide"]
+__all__ = ["Guide", "ProgramGuide", "start_of"]
 
 _COUNTER = itertools.count()
 
@@ -166,13 +167,20 @@ class ProgramGuide(PyroModule):
             with contextlib.ExitStack() as stack:
                 if group.plate is not None:
                     stack.enter_context(plates[group.plate.name])
+                if (mask := self.group_mask(group)) is not None:
+                    stack.enter_context(poutine.mask(mask=mask))
                 # The prefix keeps auxiliary names of several guides of one program apart.
                 packed[group.name] = pyro.sample(
                     f"_{self._pyro_name}_{group.name}", q, infer={"is_auxiliary": True}
                 )
-            for name, unconstrained in group.unpack(packed[group.name]).items():
-                values[name] = self._sample_site(read.sites[name], unconstrained, plates)
+            with contextlib.nullcontext() if mask is None else poutine.mask(mask=mask):
+                for name, unconstrained in group.unpack(packed[group.name]).items():
+                    values[name] = self._sample_site(read.sites[name], unconstrained, plates)
         return values
+
+    def group_mask(self, group: Group) -> Tensor | None:
+        """Rows whose latents of a group count, ``(B, 1, .., 1)``; None for all of them."""
+        return None
 
     def _sample_site(
         self, site: Site, unconstrained: Tensor, plates: dict[str, pyro.plate]
@@ -223,7 +231,10 @@ class ProgramGuide(PyroModule):
                 # q of a group with upstream draws is batched over them already.
                 batched = len(q.batch_shape) > (0 if group.plate is None else num_batch)
                 value = q.rsample(() if batched else (num_samples,))
-                log_q[group.name] = q.log_prob(value).reshape(num_samples, *group.shape[:-1])
+                density = q.log_prob(value)
+                if (mask := self.group_mask(group)) is not None:
+                    density = torch.where(mask, density, torch.zeros_like(density))
+                log_q[group.name] = density.reshape(num_samples, *group.shape[:-1])
                 draws[group.name] = value.reshape(num_samples, *group.shape)
                 ones = (1,) * num_batch
                 upstream[group.name] = (
@@ -405,7 +416,7 @@ class Guide(ProgramGuide):
         call = self._call(args, kwargs, self._example)
         for group in self._example.groups:
             make = Local if group.plate is None else chosen[group.name][1]
-            init = families[group.name].init(_start(group))
+            init = families[group.name].init(start_of(group))
             self.schemes[group.name] = make(init, group, call).to(group.device)
         rows = [group.name for group in self._example.groups if group.plate is not None]
         # One table of free rows is enough to keep new rows out.
@@ -674,7 +685,7 @@ def _check_subsample_is_used(guide: ProgramGuide, example: Layout) -> None:
         )
 
 
-def _start(group: Group) -> Tensor:
+def start_of(group: Group) -> Tensor:
     """Where q starts, in unconstrained space: at the priors' locations, a little off.
 
     At an exactly symmetric point the components of a mixture, or the factors of a product, have

@@ -44,6 +44,7 @@ class Layout:
         plates: All vectorized plates by name.
         ambiguous: Names of the plates that could all be the data plate, when nothing decides.
         simulated: Unobserved sites that were declared not to be latent.
+        order: Names of latent and observed sites in the order of the program.
     """
 
     data_plate: Plate | None
@@ -52,6 +53,7 @@ class Layout:
     plates: Mapping[str, Plate]
     ambiguous: tuple[str, ...] = ()
     simulated: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -250,6 +252,7 @@ def _read(read: Probe, data_plate: str | None, names: frozenset[str] | None) -> 
             for name, site in read.sites.items()
             if not site["is_observed"] and name not in latent
         ),
+        order=tuple(name for name in read.sites if name in latent or name in observed),
     )
 
 
@@ -318,6 +321,7 @@ def _latent_site(
         plates=tuple(plates[frame.name] for frame in frames),
         inner=inner,
         masked=not _all_on(mask) or not _all_on(getattr(fn, "_mask", None)),
+        mask=mask if isinstance(mask, Tensor) else None,
         dtype=value.dtype,
         device=value.device,
         fn=fn,

@@ -61,6 +61,8 @@ class Site:
         inner: Batch dimensions that are packed, as ``(dim, size)``.
         masked: Whether a mask switches part of the site off.
         fn: The distribution of the site in this trace.
+        mask: The mask of the handlers around the site, at its batch shape; None where there is
+            none.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Site:
     dtype: torch.dtype
     device: torch.device
     fn: Any = field(repr=False, compare=False)
+    mask: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:

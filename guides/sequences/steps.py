@@ -1,0 +1,147 @@
+"""Steps: the time axis of a program, read from the order in which it samples.
+
+    z_1 x_1 z_2 x_2 .. z_T x_T          a step ends where the next latent follows an observation
+    z_1 .. z_T x_1 .. x_T               as many latents a step as there are for each observation
+
+Nothing is asked of the program but that its steps look alike: equal numbers of latents and of
+features, so that one network serves them all. How many steps there are may change between calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guides.layout import Layout
+from guides.sites import Observed
+
+__all__ = ["Step", "read_steps"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the program.
+
+    Args:
+        sites: Names of its latent sites.
+        inputs: Its observed values, one vector a row ``(B, F)``, zero where they are masked.
+        mask: Rows that have this step ``(B,)``; None where all have.
+    """
+
+    sites: tuple[str, ...]
+    inputs: Tensor
+    mask: Tensor | None
+
+
+def read_steps(read: Layout) -> list[Step]:
+    """The steps of one call.
+
+    Args:
+        read: The layout of the call.
+
+    Returns:
+        The steps, first to last.
+
+    Raises:
+        ValueError: Where the program has no data plate, or steps that do not look alike.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from guides.layout import layout
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = 0.0
+        ...         for t in range(x.shape[1]):
+        ...             z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+        ...             pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+        >>> [step.sites for step in read_steps(layout(model, (torch.zeros(4, 3),)))]
+        [('z_0',), ('z_1',), ('z_2',)]
+    """
+    local = {name for name, site in read.sites.items() if site.row_dim is not None}
+    seen = {name for name, site in read.observed.items() if site.row_dim is not None}
+    if read.data_plate is None or not local or not seen:
+        raise ValueError(
+            "A guide of sequences needs latents and observations of every step inside the data "
+            f"plate; latents there: {', '.join(sorted(local)) or 'none'}, observations there: "
+            f"{', '.join(sorted(seen)) or 'none'}. One row of the plate is one sequence."
+        )
+    cut: list[tuple[list[str], list[str]]] = [([], [])]
+    for name in read.order:
+        if name in local:
+            if cut[-1][1]:
+                cut.append(([], []))
+            cut[-1][0].append(name)
+        elif name in seen and (cut[-1][0] or len(cut) > 1):
+            cut[-1][1].append(name)
+    if not cut[-1][1]:
+        raise ValueError(
+            f"The last latents of the program, {', '.join(cut[-1][0])}, have no observation after "
+            "them, so where its steps end is not known. Sample the latents of a step before what "
+            "is observed at that step."
+        )
+    if len(cut) == 1:
+        cut = _dealt(*cut[0])
+    sizes = [sum(read.sites[name].size for name in names) for names, _ in cut]
+    steps = []
+    for latents, observed in cut:
+        parts = [_features(read.observed[name]) for name in observed]
+        masks = [site_mask for name in latents if (site_mask := _mask(read, name)) is not None]
+        mask = None if not masks else torch.stack(masks).all(0)
+        if any(not torch.equal(mask, own) for own in masks if mask is not None):
+            raise ValueError(
+                f"The latents of one step, {', '.join(latents)}, have different masks. Mask a "
+                "step of a row as a whole."
+            )
+        steps.append(Step(tuple(latents), torch.cat(parts, -1), mask))
+    widths = [step.inputs.shape[1] for step in steps]
+    for what, numbers in (("latent coordinates", sizes), ("observed features", widths)):
+        if len(set(numbers)) > 1:
+            odd = next(i for i, n in enumerate(numbers) if n != numbers[0])
+            raise ValueError(
+                f"Steps must look alike, so that one network serves them all: step 1 "
+                f"({', '.join(steps[0].sites)}) has {numbers[0]} {what}, step {odd + 1} "
+                f"({', '.join(steps[odd].sites)}) has {numbers[odd]}. Use an autoregressive_ "
+                "guide, which has networks for every site."
+            )
+    return steps
+
+
+def _dealt(latents: list[str], observed: list[str]) -> list[tuple[list[str], list[str]]]:
+    """All latents before all observations: deal them out in equal parts, in order."""
+    number = len(observed)
+    if len(latents) % number:
+        raise ValueError(
+            f"The program samples {len(latents)} latents and then {number} observations, so which "
+            "belong to one step is not known. Sample the latents of a step right before what is "
+            "observed at that step."
+        )
+    each = len(latents) // number
+    return [(latents[i * each : (i + 1) * each], [observed[i]]) for i in range(number)]
+
+
+def _features(site: Observed) -> Tensor:
+    value = site.rows().to(torch.get_default_dtype()) if not _floats(site) else site.rows()
+    if site.mask is None:
+        return value
+    mask = site.rows_first(site.mask.expand_as(site.value)).flatten(1)
+    return torch.where(mask, value, torch.zeros_like(value))
+
+
+def _floats(site: Observed) -> bool:
+    return site.value.is_floating_point()
+
+
+def _mask(read: Layout, name: str) -> Tensor | None:
+    site = read.sites[name]
+    if site.mask is None or site.row_dim is None:
+        return None
+    rows = site.mask.expand(site.batch_shape).movedim(site.row_dim, 0)
+    flat = rows.reshape(rows.shape[0], -1)
+    if not torch.equal(flat.all(1), flat.any(1)):
+        raise ValueError(
+            f"Latent site {name!r} is masked in part of a row. A guide of sequences switches "
+            "whole steps of a row off: give the mask one number a row."
+        )
+    return flat.all(1)
