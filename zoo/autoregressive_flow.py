@@ -75,7 +75,7 @@ class AutoregressiveFlow(Model):
         torch.Size([4, 7, 2])
     """
 
-    default_guide: ClassVar[str] = ""
+    default_guide: ClassVar[str | None] = None
     data_args: ClassVar[Mapping[str, int]] = {"x": 0, "lengths": 0}
 
     def __init__(

@@ -53,7 +53,7 @@ class AutoregressiveGaussian(Model):
         torch.Size([4, 7, 2])
     """
 
-    default_guide: ClassVar[str] = ""
+    default_guide: ClassVar[str | None] = None
     data_args: ClassVar[Mapping[str, int]] = {"x": 0, "lengths": 0}
     min_scale: ClassVar[float] = 0.01
 

@@ -34,7 +34,8 @@ class Model(PyroModule):
     of a module's direct parameters on again. A submodule may be replaced between calls.
 
     Attributes:
-        default_guide: The usual partner, a key of ``guides.GUIDES``.
+        default_guide: The usual partner, a key of ``guides.GUIDES``; None where there are no
+            latents.
         data_args: Arguments of ``forward`` that hold rows, and the axis of the rows.
 
     Sites:
@@ -47,7 +48,7 @@ class Model(PyroModule):
         (True, 'amortized_normal', {'x': 0})
     """
 
-    default_guide: ClassVar[str] = "amortized_normal"
+    default_guide: ClassVar[str | None] = "amortized_normal"
     data_args: ClassVar[Mapping[str, int]] = {"x": 0}
 
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ class TemporalDifference(Model):
         tensor([1., 1., 1.])
     """
 
-    default_guide: ClassVar[str] = ""
+    default_guide: ClassVar[str | None] = None
     data_args: ClassVar[Mapping[str, int]] = {"x": 0, "lengths": 0}
 
     def __init__(self, x_dim: int = 1, order: int = 1, num_steps: int = 10) -> None:

@@ -107,7 +107,7 @@ class Whitening(Model):
         tensor([1., 1., 1., 1.])
     """
 
-    default_guide: ClassVar[str] = ""
+    default_guide: ClassVar[str | None] = None
 
     def __init__(self, x_dim: int, parameterization: str = "cholesky") -> None:
         super().__init__()
