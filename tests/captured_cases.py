@@ -35,8 +35,8 @@ __all__ = [
 PAIRS = [
     (model, guide)
     for guide in GUIDE_CASES
-    for model in MODEL_CASES
-    if guide in CORE_GUIDES or model == TWO_LEVELS
+    for model, case in MODEL_CASES.items()
+    if case.latents and (guide in CORE_GUIDES or model == TWO_LEVELS)
 ]
 
 INELIGIBLE: dict[tuple[str, str], str] = {}

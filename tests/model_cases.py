@@ -121,7 +121,7 @@ MODEL_CASES = {
         },
     ),
     "state_space": ModelCase(
-        build=lambda: zoo.make("state_space", z_dim=2, x_dim=2, num_steps=3),
+        build=lambda: zoo.make("state_space", z_dim=2, x_dim=2, num_steps=2),
         args=simulate,
         variants={
             "diagonal, bias": lambda: zoo.make(
@@ -151,7 +151,7 @@ MODEL_CASES = {
     ),
     "deep_markov": ModelCase(
         build=lambda: zoo.make(
-            "deep_markov", x_dim=3, z_dim=2, emission=4, transition=3, num_steps=3
+            "deep_markov", x_dim=3, z_dim=2, emission=4, transition=3, num_steps=2
         ),
         args=simulate,
         variants={
@@ -167,11 +167,11 @@ MODEL_CASES = {
         },
     ),
     "vrnn": ModelCase(
-        build=lambda: zoo.make("vrnn", x_dim=3, z_dim=2, recurrent=3, hidden=(3,), num_steps=3),
+        build=lambda: zoo.make("vrnn", x_dim=3, z_dim=2, recurrent=3, hidden=(3,), num_steps=2),
         args=simulate,
     ),
     "srnn": ModelCase(
-        build=lambda: zoo.make("srnn", x_dim=3, z_dim=2, recurrent=3, hidden=(3,), num_steps=3),
+        build=lambda: zoo.make("srnn", x_dim=3, z_dim=2, recurrent=3, hidden=(3,), num_steps=2),
         args=simulate,
     ),
     "autoregressive_gaussian": ModelCase(
@@ -180,10 +180,10 @@ MODEL_CASES = {
         latents=False,
         variants={
             "constant scale": lambda: zoo.make(
-                "autoregressive_gaussian", x_dim=1, constant_scale=True, num_steps=3
+                "autoregressive_gaussian", x_dim=1, constant_scale=True, num_steps=2
             ),
             "network": lambda: zoo.make(
-                "autoregressive_gaussian", x_dim=2, hidden=(3,), num_steps=3
+                "autoregressive_gaussian", x_dim=2, hidden=(3,), num_steps=2
             ),
         },
     ),
@@ -193,7 +193,7 @@ MODEL_CASES = {
         latents=False,
         variants={
             "constant scale": lambda: zoo.make(
-                "autoregressive_flow", x_dim=1, constant_scale=True, num_steps=3
+                "autoregressive_flow", x_dim=1, constant_scale=True, num_steps=2
             ),
         },
     ),
@@ -211,7 +211,7 @@ MODEL_CASES = {
             transition=3,
             levels=1,
             flow_hidden=(),
-            num_steps=3,
+            num_steps=2,
         ),
         args=simulate,
         variants={
@@ -221,7 +221,7 @@ MODEL_CASES = {
         },
     ),
     "pattern_generator": ModelCase(
-        build=lambda: zoo.make("pattern_generator", x_dim=2, num_steps=3, noise_scale=0.5),
+        build=lambda: zoo.make("pattern_generator", x_dim=2, num_steps=2, noise_scale=0.5),
         args=simulate,
     ),
     "visual_pathway": ModelCase(

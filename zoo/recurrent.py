@@ -36,7 +36,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.of_inputs = nn.Linear(inputs, 3 * hidden)
         self.of_state = nn.Linear(hidden, 3 * hidden)
-        self.start = nn.Parameter(torch.zeros(hidden))
+        self.start = nn.Parameter(0.1 * torch.randn(hidden))
 
     def forward(self, inputs: Tensor, state: Tensor | None) -> Tensor:
         """The next state ``(..., H)``.
