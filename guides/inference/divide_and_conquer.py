@@ -362,7 +362,7 @@ class DivideAndConquer:
     def _sweeps(self, density: ParticleDensity, cloud: Cloud, counted: bool = False) -> Cloud:
         graph = self._graph(density)
         for _ in range(self.num_sweeps):
-            cloud = self.sampler.sweep(density, graph, cloud)
+            cloud = self.sampler.sweep(density, graph, cloud, settled=True)
         if not bool(torch.isfinite(cloud.log_weights.logsumexp(0)).all()):
             raise ValueError(
                 "No particle of a row has weight left: every proposal left the range of numbers. "

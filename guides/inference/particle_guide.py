@@ -14,8 +14,9 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -32,12 +33,58 @@ __all__ = ["ParticleGuide"]
 _FULL = 5  # particles a coordinate from which a full covariance is taken
 
 
-class _Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
-    """Its draws are not differentiable: the guide has no parameters that could want it."""
+class _Kernels(dist.TorchDistribution):
+    """Gaussian kernels of one covariance a row: distances are taken in its whitened space.
+
+    Args:
+        points: ``batch + (K, d)``.
+        weights: ``batch + (K,)``.
+        tril: ``batch + (d, d)``; or standard deviations ``batch + (d,)``.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = dist.constraints.real_vector
+
+    def __init__(self, points: Tensor, weights: Tensor, tril: Tensor) -> None:
+        self.points, self.weights, self.tril = points, weights, tril
+        self.full = tril.dim() == points.dim()
+        super().__init__(weights.shape[:-1], points.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Kernels:
+        parts = (self.points, self.weights, self.tril)
+        own = len(self.batch_shape)
+        return _Kernels(*(part.expand(*batch_shape, *part.shape[own:]) for part in parts))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            index = dist.Categorical(self.weights).sample(torch.Size(sample_shape))[
+                ..., None, None
+            ]
+            points = self.points.expand(*index.shape[:-2], *self.points.shape[-2:])
+            loc = points.gather(-2, index.expand(*index.shape[:-1], points.shape[-1])).squeeze(-2)
+            noise = torch.randn_like(loc)
+            if self.full:
+                return loc + (self.tril @ noise.unsqueeze(-1)).squeeze(-1)
+            return loc + self.tril * noise
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            return self.sample(sample_shape)
+        """Draws without gradient: the guide has no parameters that could want one."""
+        return self.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        center = self.points.mean(-2)
+        points = self._white(self.points - center.unsqueeze(-2))  # (..., K, d)
+        given = self._white((value - center).unsqueeze(-2))  # (..., 1, d)
+        cross = (given @ points.mT).squeeze(-2)  # (..., K)
+        squares = given.square().sum(-1) + points.square().sum(-1) - 2 * cross
+        scale = self.tril.diagonal(dim1=-2, dim2=-1) if self.full else self.tril
+        constant = scale.log().sum(-1) + 0.5 * scale.shape[-1] * math.log(2 * math.pi)
+        return (self.weights.log() - 0.5 * squares).logsumexp(-1) - constant
+
+    def _white(self, value: Tensor) -> Tensor:
+        if not self.full:
+            return value / self.tril.unsqueeze(-2)
+        return torch.linalg.solve_triangular(self.tril.mT, value, upper=True, left=False)
 
 
 class ParticleGuide(ProgramGuide):
@@ -116,7 +163,6 @@ class ParticleGuide(ProgramGuide):
         points = getattr(self, f"points_{group.name}")
         weights = getattr(self, f"weights_{group.name}")
         kernel = getattr(self, f"kernel_{group.name}")
-        full = self.kernels[group.name] == "full"
         if group.plate is not None:
             rows = self._rows(group.plate)
             ones = (1,) * (-group.plate.dim - 1)
@@ -126,12 +172,7 @@ class ParticleGuide(ProgramGuide):
                 return value.reshape(value.shape[0], *ones, *value.shape[1:])
 
             points, weights, kernel = placed(points), placed(weights), placed(kernel)
-        if full:
-            kernel = kernel.unsqueeze(-3).expand(*points.shape, points.shape[-1])
-            parts: Any = dist.MultivariateNormal(points, scale_tril=kernel)
-        else:
-            parts = dist.Normal(points, kernel.unsqueeze(-2)).to_event(1)
-        return _Mixture(dist.Categorical(weights), parts)
+        return _Kernels(points, weights, kernel)
 
     def group_location(self, group: Group, call: Call) -> Tensor:
         """The weighted mean of the particles."""

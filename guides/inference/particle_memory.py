@@ -34,7 +34,7 @@ class ParticleMemory:
         plate = density.layout.data_plate
         found: dict[str, Tensor] = {}
         known = torch.ones(1, dtype=torch.bool)
-        if plate is not None:
+        if plate is not None and _has_rows(density):
             found, known = self.rows.read(plate)
         if density.joint:
             whole = bool(known.all()) and _WEIGHTS in self.shared
@@ -66,7 +66,7 @@ class ParticleMemory:
         else:
             rows[_WEIGHTS] = log_weights.T
         plate = density.layout.data_plate
-        if plate is not None:
+        if plate is not None and _has_rows(density):
             self.rows.write(plate, rows)
 
     def state(self) -> dict[str, Any]:
@@ -78,6 +78,10 @@ class ParticleMemory:
         """Restore what :meth:`state` returned."""
         self.rows.set_state(state["rows"])
         self.shared = {name: value.clone() for name, value in state["shared"].items()}
+
+
+def _has_rows(density: ParticleDensity) -> bool:
+    return any(site.row_dim is not None for site in density.sites.values())
 
 
 def choose(known: Tensor, first: Cloud, second: Cloud) -> Cloud:

@@ -30,9 +30,18 @@ from torch import Tensor
 
 from guides.inference.particle_density import ParticleDensity, Particles
 
-__all__ = ["PRECONDITIONERS", "corrected_move", "precondition", "published_move", "spread_of"]
+__all__ = [
+    "PRECONDITIONERS",
+    "corrected_move",
+    "precondition",
+    "published_move",
+    "settled_spread",
+    "spread_of",
+]
 
 PRECONDITIONERS = ("variance", "normalized", "identity")
+_GAIN = 0.02
+_FAR = 10.0
 
 
 def spread_of(score: Tensor, before: Tensor | None = None) -> Tensor:
@@ -47,6 +56,21 @@ def spread_of(score: Tensor, before: Tensor | None = None) -> Tensor:
     """
     variance = score.var(0) if score.shape[0] > 1 else torch.zeros_like(score[0])
     return variance if before is None else torch.maximum(variance, 0.5 * before)
+
+
+def settled_spread(score: Tensor, before: Tensor) -> Tensor:
+    """The spread for particles that persist: an average over many sweeps.
+
+    A step that is long where the particles are close together and short where they are apart
+    leaves them too far apart, whatever the weights: they correct for a step of any length, but not
+    for one that depends on the particles. Only a variance far beyond the average is followed.
+
+    Args:
+        score: ``(K, B, d)`` or ``(K, d)``.
+        before: The spread one sweep before.
+    """
+    variance = spread_of(score)
+    return torch.where(variance > _FAR * before, variance, torch.lerp(before, variance, _GAIN))
 
 
 def precondition(spread: Tensor, num_particles: int, kind: str = "variance") -> Tensor:

@@ -33,6 +33,7 @@ from guides.inference.particle_moves import (
     corrected_move,
     precondition,
     published_move,
+    settled_spread,
     spread_of,
 )
 
@@ -141,13 +142,29 @@ class Sampler:
         beta: float = 1.0,
         steps: Mapping[str, Tensor] | None = None,
         record: dict[str, Tensor] | None = None,
+        settled: bool = False,
     ) -> Cloud:
-        """Move every site once, children before parents."""
+        """Move every site once, children before parents.
+
+        Args:
+            density: The program's density.
+            graph: Its dependence structure.
+            cloud: The particles.
+            beta: Temperature.
+            steps: Step times preconditioner by site; taken from the particles where not given.
+            record: Receives the steps that were made, by site.
+            settled: Whether the particles persist from sweep to sweep at one target, so that
+                steps follow an average over sweeps.
+        """
         if self.variant == "published":
             return self._published_sweep(density, graph, cloud)
         for name in graph.order:
             scored = density.scored(cloud.particles, name, beta)
-            spread = spread_of(scored[2], cloud.spread.get(name))
+            before = cloud.spread.get(name)
+            if settled and before is not None:
+                spread = settled_spread(scored[2], before)
+            else:
+                spread = spread_of(scored[2], before)
             step = self._step(spread, cloud.num_particles) if steps is None else steps[name]
             if record is not None:
                 record[name] = step
