@@ -239,6 +239,7 @@ class LogJoint:
         jacobian: bool = True,
         plain: Collection[str] = (),
         noncentered: Collection[str] = (),
+        expose_params: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log joint of packed, unconstrained latents.
 
@@ -249,12 +250,13 @@ class LogJoint:
             plain: Sites whose log-determinants are left out all the same.
             noncentered: Location-scale sites whose slots hold standardized values; the density
                 stays that of the centered variables.
+            expose_params: As in :meth:`run`.
 
         Returns:
             Terms of the rows ``(B,)`` and a scalar, as in :meth:`rows`.
         """
         values, errors, log_dets = self.unpack(packed, noncentered)
-        rows, other = self.run(values, errors=errors).total()
+        rows, other = self.run(values, errors=errors, expose_params=expose_params).total()
         if jacobian:
             for name, log_det in log_dets.items():
                 if name in plain:

@@ -14,7 +14,14 @@ import pyro
 
 import guides
 from guides.grid import cell_name, refusal
-from guides.inference import SVI, CompiledSVI, LangevinPredictiveCoding, PredictiveCoding
+from guides.inference import (
+    SVI,
+    CompiledSVI,
+    HybridPredictiveCoding,
+    IncrementalPredictiveCoding,
+    LangevinPredictiveCoding,
+    PredictiveCoding,
+)
 from guides.objectives import RefinementELBO
 from tests.model_cases import MODEL_CASES
 
@@ -103,22 +110,43 @@ TWO_LEVELS = "hierarchical_vae"
 
 @dataclass(frozen=True)
 class LoopCase:
-    """How a loop is built in tests."""
+    """How a loop is built in tests, which guides it meets, and whose parameters it moves.
+
+    ``guides`` None is every core guide; a loop to which a guide is only a start, or nothing,
+    meets every model once.
+    """
 
     build: Callable[[Any, Any, pyro.optim.PyroOptim], Any]
+    guides: tuple[str, ...] | None = None
+    learns: tuple[str, ...] = ("model",)
 
+
+_BOTH = ("model", "guide")
 
 LOOP_CASES = {
-    "svi": LoopCase(lambda model, guide, optim: SVI(model, guide, optim, RefinementELBO())),
+    "svi": LoopCase(
+        lambda model, guide, optim: SVI(model, guide, optim, RefinementELBO()), learns=_BOTH
+    ),
     "compiled_svi": LoopCase(
         lambda model, guide, optim: CompiledSVI(
             model, guide, optim, RefinementELBO(), mode="graph"
-        )
+        ),
+        learns=_BOTH,
+    ),
+    "hybrid": LoopCase(
+        lambda model, guide, optim: HybridPredictiveCoding(model, optim, guide, num_steps=3),
+        guides=("delta", "amortized_normal"),
+        learns=_BOTH,
+    ),
+    "incremental": LoopCase(
+        lambda model, guide, optim: IncrementalPredictiveCoding(model, optim, num_steps=3),
+        guides=("normal",),
     ),
     "langevin_predictive_coding": LoopCase(
         lambda model, guide, optim: LangevinPredictiveCoding(
             model, optim, num_steps=3, num_mixing=2, num_samples=2
-        )
+        ),
+        guides=("normal",),
     ),
     "predictive_coding": LoopCase(
         lambda model, guide, optim: PredictiveCoding(model, optim, guide=guide, num_steps=3)

@@ -10,6 +10,8 @@ LOOPS = {
     "langevin_predictive_coding": (
         "guides.inference.langevin_predictive_coding:LangevinPredictiveCoding"
     ),
+    "hybrid": "guides.inference.hybrid:HybridPredictiveCoding",
+    "incremental": "guides.inference.incremental:IncrementalPredictiveCoding",
     "svi": "guides.inference.svi:SVI",
     "predictive_coding": "guides.inference.predictive_coding:PredictiveCoding",
 }
@@ -20,6 +22,8 @@ _EXPORTS = {
     "ChainGaussian": "guides.inference.chain_gaussian",
     "Dependencies": "guides.inference.dependencies",
     "DivideAndConquer": "guides.inference.divide_and_conquer",
+    "HybridPredictiveCoding": "guides.inference.hybrid",
+    "IncrementalPredictiveCoding": "guides.inference.incremental",
     "IndefiniteHessianError": "guides.inference.laplace_guide",
     "KinkError": "guides.inference.curvature",
     "LangevinPredictiveCoding": "guides.inference.langevin_predictive_coding",

@@ -24,7 +24,7 @@ from guides.energy import LogJoint
 from guides.guide import ProgramGuide
 from guides.inference.relaxation import energy_function
 
-__all__ = ["GUIDE_LOSSES", "check_guide", "guide_loss"]
+__all__ = ["GUIDE_LOSSES", "check_guide", "guide_loss", "of_guide_alone"]
 
 GUIDE_LOSSES = ("reverse_kl", "forward_kl", "jeffreys")
 
@@ -72,7 +72,14 @@ def guide_loss(kind: str, guide: Any, log_joint: LogJoint, draws: Mapping[str, T
         loss = loss + _reverse(guide, log_joint)
     if kind in ("forward_kl", "jeffreys"):
         loss = loss + _forward(guide, log_joint, draws)
-    # Refined guides run the model, whose parameters must not learn here.
+    return of_guide_alone(loss, guide)
+
+
+def of_guide_alone(loss: Tensor, guide: Any) -> Tensor:
+    """A scalar with the gradient of a loss in the guide's parameters, and in no others.
+
+    Refined guides run the model, whose parameters must not learn from the guide's loss.
+    """
     own = [parameter for parameter in guide.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, own, allow_unused=True)
     terms = [
