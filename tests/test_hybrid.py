@@ -45,7 +45,7 @@ def test_both_gradients_are_those_of_their_own_objectives(name: str, mode: str, 
     loop.step(x, **kwargs)
     store = pyro.get_param_store()
     before = {k: p.detach().clone() for k, p in guide.named_parameters()}
-    shift = float(store["shift"])
+    shift = store["shift"].item()
     plain = PredictiveCoding(tree, pyro.optim.SGD({"lr": lr}), guide, num_steps=4, step_size=0.01)
     relaxed = plain.infer(x, **kwargs)
     scale = size / 12
@@ -61,7 +61,7 @@ def test_both_gradients_are_those_of_their_own_objectives(name: str, mode: str, 
     residual = (x[:, 0] - relaxed["z"].sum(-1) - shift) / 0.25
     loop.step(x, **kwargs)
     expected = shift + lr * scale * float(residual.sum())
-    assert float(store["shift"]) == pytest.approx(expected, rel=1e-9)
+    assert store["shift"].item() == pytest.approx(expected, rel=1e-9)
     for (key, parameter), grad in zip(guide.named_parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.detach(), before[key] - lr * grad)
     if mode == "graph":
