@@ -16,12 +16,13 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from guides.arguments import check_options, did_you_mean
 from guides.families import FAMILIES
 from guides.grid import cell_name, refusal
 from guides.schemes import SCHEMES
+from guides.sequences import SEQUENCE_GUIDES, build
 
 if TYPE_CHECKING:
     from guides.guide import Guide
@@ -52,7 +53,8 @@ def make(
         name: A key of ``GUIDES``: the family alone for free parameters per datum, prefixed by
             the scheme otherwise (``amortized_``, ``iterative_``, ...). A mapping makes a
             composite guide: from ``"global"``, ``"data"``, the name of a plate or a pattern of
-            site names to a name, or to a pair of a name and its options.
+            site names to a name, or to a pair of a name and its options. Names of guides of
+            sequences (``filtering_normal``) are in ``guides.sequences.SEQUENCE_GUIDES``.
         model: The program.
         *args: Positional arguments of an example call of the program. Only shapes are taken from
             it, and for amortized guides the scale of the inputs.
@@ -83,6 +85,11 @@ def make(
 
     _check_program(name, model)
     known = {"guide": ["data_plate", "jacobian", "name"]}
+    if isinstance(name, str) and name in SEQUENCE_GUIDES:
+        sequence = build(name, model, args, model_kwargs, options)
+        sequence.recipe = Recipe.of("make", name, options, args, model_kwargs)
+        # A guide of steps has no groups known in advance, and is a ProgramGuide in all else.
+        return cast("Guide", sequence)
     if isinstance(name, str):
         family, scheme, rest = _cell(name, options, known, model)
         check_options(Guide.__init__, rest, f"guide {name!r}")
@@ -176,7 +183,7 @@ def _cell(
         if reason is not None:
             raise ValueError(f"There is no guide {name!r}: {reason}")
         raise ValueError(
-            f"Unknown guide {name!r}. {did_you_mean(name, GUIDES, 3)}"
+            f"Unknown guide {name!r}. {did_you_mean(name, [*GUIDES, *SEQUENCE_GUIDES], 3)}"
             f"A name is a family ({', '.join(FAMILIES)}), prefixed by a scheme unless it is "
             f"local ({', '.join(s for s in SCHEMES if s != 'local')}): amortized_normal."
         )

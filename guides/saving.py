@@ -192,10 +192,7 @@ def _portable(guide: ProgramGuide, recipe: Recipe) -> Recipe:
             for key, name, options in recipe.cells
         ]
         recipe = replace(recipe, cells=tuple(cells))
-    local = isinstance(guide, Laplace) or any(
-        group.plate is not None and not guide.schemes[group.name].amortized
-        for group in guide._example.groups
-    )
+    local = isinstance(guide, Laplace) or (isinstance(guide, Guide) and not guide.amortized)
     if local or guide._example.data_plate is None or others(recipe.args) or others(recipe.kwargs):
         return recipe
     try:

@@ -28,11 +28,13 @@ class Step:
         sites: Names of its latent sites.
         inputs: Its observed values, one vector a row ``(B, F)``, zero where they are masked.
         mask: Rows that have this step ``(B,)``; None where all have.
+        observed: Names of its observed sites.
     """
 
     sites: tuple[str, ...]
     inputs: Tensor
     mask: Tensor | None
+    observed: tuple[str, ...] = ()
 
 
 def read_steps(read: Layout) -> list[Step]:
@@ -94,7 +96,7 @@ def read_steps(read: Layout) -> list[Step]:
                 f"The latents of one step, {', '.join(latents)}, have different masks. Mask a "
                 "step of a row as a whole."
             )
-        steps.append(Step(tuple(latents), torch.cat(parts, -1), mask))
+        steps.append(Step(tuple(latents), torch.cat(parts, -1), mask, tuple(observed)))
     widths = [step.inputs.shape[1] for step in steps]
     for what, numbers in (("latent coordinates", sizes), ("observed features", widths)):
         if len(set(numbers)) > 1:

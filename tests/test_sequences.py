@@ -1,0 +1,366 @@
+"""Guides of sequences: structure read from programs, exact limits, ragged batches, any length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+
+import guides
+import zoo
+from guides.diagnostics import elbo
+from guides.inference import CompiledSVI
+from guides.layout import layout
+from guides.sequences import SEQUENCE_GUIDES, SEQUENCE_SCHEMES
+from guides.sequences.steps import read_steps
+from tests.model_cases import MODEL_CASES
+
+SMALL: dict[str, Any] = {"recurrent": 4, "hidden": 4}
+SEQUENCE_MODELS = (
+    *("state_space", "deep_markov", "vrnn", "srnn", "flow_state_space", "pattern_generator"),
+    "visual_pathway",
+)
+
+
+def small(name: str) -> dict[str, Any]:
+    return {"network": 4} if name.startswith("iterative") else SMALL
+
+
+def test_every_scheme_and_family_has_a_name_and_nothing_else() -> None:
+    assert not set(SEQUENCE_GUIDES) & set(guides.GUIDES)
+    schemes = {scheme for scheme, _ in SEQUENCE_GUIDES.values()}
+    assert schemes == set(SEQUENCE_SCHEMES)
+    with pytest.raises(ValueError, match="Did you mean 'filtering_normal'"):
+        guides.make("filterng_normal", zoo.StateSpace(), torch.zeros(2, 3, 3))
+
+
+@pytest.mark.parametrize("name", [f"{scheme}_normal" for scheme in SEQUENCE_SCHEMES])
+@pytest.mark.parametrize("model_name", SEQUENCE_MODELS)
+def test_a_guide_covers_every_sequence_model(model_name: str, name: str) -> None:
+    """Also for a batch of one, lengths that differ, and more steps than it was built with."""
+    case = MODEL_CASES[model_name]
+    model = case.build()
+    (x,) = case.args(model)
+    guide = guides.make(name, model, x, **small(name))
+    longer = torch.cat([x, x, x], 1)
+    lengths = torch.tensor([1, 5, 2, 6, 3, 4]).clamp(max=longer.shape[1])
+    for args in ((x,), (longer,), (longer[:1],), (longer, lengths), (x[:, :1],)):
+        trace = poutine.trace(guide).get_trace(*args)
+        replayed = poutine.trace(poutine.replay(model, trace)).get_trace(*args)
+        assert torch.isfinite(replayed.log_prob_sum())
+        latents = {
+            n
+            for n, s in replayed.nodes.items()
+            if s["type"] == "sample" and not s["is_observed"] and n != "data"
+        }
+        assert set(guide.locations(*args)) == latents
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    before = {n: p.detach().clone() for n, p in guide.named_parameters()}
+    for _ in range(2):
+        svi.step(longer, lengths)
+    still = [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
+    assert not still
+
+
+@pytest.mark.parametrize("name", [n for n in SEQUENCE_GUIDES if n.startswith("smoothing_")])
+def test_every_family_follows_time(name: str) -> None:
+    model = zoo.StateSpace(z_dim=2, x_dim=2, num_steps=3)
+    x = model(size=4).detach()
+    guide = guides.make(name, model, x, **SMALL)
+    lengths = torch.tensor([3, 1, 2, 3])
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(torch.isfinite(torch.tensor(svi.step(x, lengths))) for _ in range(2))
+    if guide.has_density:
+        assert torch.isfinite(elbo(model, guide, x, lengths, num_samples=3).rows).all()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "name", ["filtering_normal", "smoothing_iaf", "iterative_filtering_normal"]
+)
+def test_the_bound_of_a_ragged_batch_is_that_of_its_rows(name: str) -> None:
+    """Padding counts in no density: log p - log q of each row, by Pyro's traces of it alone."""
+    model = zoo.StateSpace(z_dim=1, x_dim=2, num_steps=4)
+    x = model(size=3).detach()
+    lengths = torch.tensor([4, 1, 3])
+    options = {**small(name), "family_hidden": (4, 4)} if "iaf" in name else small(name)
+    guide = guides.make(name, model, x, **options)
+    trace = poutine.trace(guide).get_trace(x, lengths)
+    replayed = poutine.trace(poutine.replay(model, trace)).get_trace(x, lengths)
+    for part in (trace, replayed):
+        part.compute_log_prob()
+    for t in range(4):
+        on = t < lengths
+        for part in (replayed.nodes[f"z_{t + 1}"], replayed.nodes[f"x_{t + 1}"]):
+            assert (part["log_prob"][~on] == 0).all()
+            assert (part["log_prob"][on] != 0).all()
+        auxiliary = next(s for n, s in trace.nodes.items() if n.endswith(f"_step_{t + 1}"))
+        assert (auxiliary["log_prob"][~on] == 0).all()
+        assert (auxiliary["log_prob"][on] != 0).all()
+    _, log_q, _ = guide.rsample_packed(5, (x, lengths))
+    for t in range(4):
+        assert torch.equal(log_q[f"step_{t + 1}"] == 0, (t >= lengths).expand(5, -1))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_backward_network_starts_where_a_row_ends() -> None:
+    model = zoo.StateSpace(z_dim=1, x_dim=2, num_steps=5)
+    x = model(size=2).detach()
+    guide = guides.make("smoothing_normal", model, x, **SMALL)
+    short = guide.locations(x[:1, :3])
+    padded = torch.cat([x[:1, :3], 9.0 + torch.zeros(1, 2, 2)], 1)
+    ragged = guide.locations(torch.cat([padded, x[1:]]), torch.tensor([3, 5]))
+    for t in range(3):
+        assert (ragged[f"z_{t + 1}"][0] - short[f"z_{t + 1}"][0]).abs().max() < 1e-12
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("name", "sees"),
+    [
+        ("filtering_normal", {"past"}),
+        ("smoothing_normal", {"future"}),
+        ("two_sided_smoothing_normal", {"past", "future"}),
+        ("mean_field_smoothing_normal", {"past", "future"}),
+        ("mean_field_normal", set()),
+    ],
+)
+def test_q_of_a_step_sees_what_its_name_says(name: str, sees: set[str]) -> None:
+    model = zoo.StateSpace(z_dim=1, x_dim=1, num_steps=4)
+    x = model(size=3).detach()
+    guide = guides.make(name, model, x, **SMALL)
+
+    def second(x: torch.Tensor, before: float = 0.0) -> float:
+        read = guide._layout((x,), {}, None)
+        call = guide._call((x,), {}, read)
+        upstream = {"step_1": torch.full((3, 1), before)}
+        q = guide.group_distribution(read.groups[1], call, upstream)
+        return float(q.base_dist.loc.sum().detach())
+
+    def reaches(step: int) -> bool:
+        moved = x.clone()
+        moved[:, step] += 1.0
+        return second(moved) != second(x)
+
+    assert reaches(1)
+    assert reaches(0) == ("past" in sees)
+    assert reaches(3) == ("future" in sees)
+    assert (second(x, 1.0) != second(x)) == guide.markov
+
+
+def test_steps_of_other_programs() -> None:
+    """Two latents a step, names of the program's own, globals, all latents before all data."""
+
+    def walk(x, together=False):
+        speed = pyro.sample("speed", dist.Gamma(2.0, 2.0))
+        with pyro.plate("sequences", len(x)):
+            a, held = torch.zeros(len(x)), []
+            for t in range(x.shape[1]):
+                a = pyro.sample(f"a{t}", dist.Normal(a, speed))
+                b = pyro.sample(f"b{t}", dist.LogNormal(a, 1.0))
+                held.append((a, b))
+                if not together:
+                    pyro.sample(f"y{t}", dist.Normal(a + b, 1.0), obs=x[:, t])
+            for t, (a, b) in enumerate(held if together else ()):
+                pyro.sample(f"y{t}", dist.Normal(a + b, 1.0), obs=x[:, t])
+
+    x = torch.randn(4, 3)
+    for together in (False, True):
+        read = read_steps(layout(walk, (x, together)))
+        assert [step.sites for step in read] == [("a0", "b0"), ("a1", "b1"), ("a2", "b2")]
+        assert torch.equal(read[1].inputs[:, 0], x[:, 1])
+    guide = guides.make("filtering_normal", walk, x, **SMALL)
+    assert set(guide(torch.randn(2, 5))) == {"speed"} | {f"{n}{t}" for n in "ab" for t in range(5)}
+    svi = SVI(walk, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert torch.isfinite(torch.tensor(svi.step(x)))
+
+
+def odd(x, kind):
+    with pyro.plate("data", len(x)):
+        for t in range(x.shape[1]):
+            width = 2 if kind == "latents" and t == 1 else 1
+            z = pyro.sample(f"z{t}", dist.Normal(torch.zeros(width), 1.0).to_event(1))
+            if kind == "no data at the end" and t == x.shape[1] - 1:
+                return
+            seen = x[:, t : t + 1].repeat(1, 2 if kind == "data" and t == 1 else 1)
+            row = dist.Normal(z.sum(-1, keepdim=True).expand(seen.shape), 1.0).to_event(1)
+            pyro.sample(f"x{t}", row, obs=seen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("latents", "Steps must look alike.*latent coordinates"),
+        ("data", "Steps must look alike.*observed features"),
+        ("no data at the end", "have no observation after them"),
+    ],
+)
+def test_steps_that_do_not_look_alike_are_refused(kind: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        guides.make("filtering_normal", odd, torch.randn(3, 3), kind, **SMALL)
+
+
+def test_bad_options_say_what_is_wrong() -> None:
+    model = zoo.StateSpace(num_steps=3)
+    x = model(size=4).detach()
+    with pytest.raises(TypeError, match=r"has no option 'recurent'\. Did you mean 'recurrent'"):
+        guides.make("filtering_normal", model, x, recurent=3)
+    for options, message in (
+        ({"cell": "tree"}, "cell must be one of"),
+        ({"combiner": "sum"}, "combiner must be"),
+        ({"recurrent": 0}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guides.make("filtering_normal", model, x, **options)
+    with pytest.raises(ValueError, match="num_iterations must be at least 1"):
+        guides.make("iterative_filtering_normal", model, x, num_iterations=0)
+    with pytest.raises(ValueError, match=r"combiner=.average. averages states"):
+        guides.make("mean_field_normal", model, x, combiner="average")
+    guide = guides.make("filtering_normal", model, x, **SMALL)
+    other = zoo.StateSpace(z_dim=4, num_steps=3)
+    guide._reference.model = other
+    with pytest.raises(ValueError, match="built for steps of 2 latent coordinates"):
+        guide(x)
+
+    def static(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.mean(), 1.0), obs=x.mean())
+
+    with pytest.raises(ValueError, match="needs latents and observations of every step"):
+        guides.make("filtering_normal", static, torch.randn(3), **SMALL)
+
+
+def test_a_sequence_guide_is_saved_and_loaded(tmp_path) -> None:
+    model = zoo.StateSpace(num_steps=3)
+    x = model(size=4).detach()
+    guide = guides.make("smoothing_normal", model, x, **SMALL)
+    guides.save(guide, tmp_path / "guide.safetensors")
+    fresh = guides.load(tmp_path / "guide.safetensors", model)
+    longer = torch.cat([x, x], 1)
+    for name, value in guide.locations(longer).items():
+        assert torch.equal(fresh.locations(longer)[name], value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_smoothing_reaches_the_evidence_and_filtering_the_best_of_its_form() -> None:
+    """A scalar state space, many sequences; the best filtering form is found numerically.
+
+    q(z_t | z_{t-1}, x_<=t) linear Gaussian with free coefficients for every step, fitted to the
+    same sequences by the exact expected bound, is what a trained filtering guide can reach.
+    """
+    torch.manual_seed(0)
+    model = zoo.StateSpace(z_dim=1, x_dim=1, num_steps=5, covariance="unit").requires_grad_(False)
+    with torch.no_grad():
+        model.transition.weight.fill_(0.9)
+        model.emission.weight.fill_(1.0)
+    x, held = model(size=1000), model(size=2000)
+    exact = model.log_evidence(held).mean()
+    gaps = {}
+    for name in ("smoothing_normal", "filtering_normal"):
+        guide = guides.make(name, model, x, recurrent=16, hidden=16)
+        optim = pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.997})
+        svi = CompiledSVI(model, guide, optim, Trace_ELBO(), mode="graph")
+        svi.run(1000, ((x,), {}), progress=False)
+        gaps[name] = float(exact - elbo(model, guide, held, num_samples=100).rows.mean())
+    optimum = best_filtering_gap(model, 5)
+    proposal = proposal_gap(model, 5)
+    assert gaps["smoothing_normal"] < 0.02
+    assert 0.0 < optimum < proposal, "the untrained optimal proposal is not the best of the form"
+    assert gaps["filtering_normal"] == pytest.approx(optimum, abs=0.03)
+
+
+def expected_gap(model: zoo.StateSpace, steps: int, weights: list[torch.Tensor]) -> torch.Tensor:
+    """E_x KL(q || p(z | x)) of linear Gaussian q, exactly.
+
+    Every step is q(z_t | ..) = Normal(w . (z_{t-1}, x_1 .. x_t), exp(s)); all is linear in the
+    white noise behind x and behind q's draws, so that expectations are traces.
+    """
+    a = model.transition.weight.squeeze()
+    c = model.emission.weight.squeeze()
+    eye = torch.eye(3 * steps)  # noise of z, of x, of q
+    z_true, x = [], []
+    for t in range(steps):
+        z_true.append(eye[t] if t == 0 else a * z_true[-1] + eye[t])
+        x.append(c * z_true[-1] + eye[steps + t])
+    z, log_q = [], torch.zeros(())
+    for t, w in enumerate(weights):
+        loc = sum((w[1 + s] * x[s] for s in range(t + 1)), torch.zeros(3 * steps))
+        if t:
+            loc = loc + w[0] * z[-1]
+        scale = w[-1].exp()
+        z.append(loc + scale * eye[2 * steps + t])
+        log_q = log_q - w[-1] - 0.5 - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+    log_p = torch.zeros(())
+    for t in range(steps):
+        errors = (z[t] if t == 0 else z[t] - a * z[t - 1], x[t] - c * z[t])
+        for error in errors:
+            log_p = (
+                log_p - 0.5 * error.square().sum() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+            )
+    joint = torch.stack(x)[:, : 2 * steps]
+    covariance = joint @ joint.mT
+    entropy = 0.5 * torch.logdet(2 * torch.pi * torch.e * covariance)
+    return -entropy - (log_p - log_q)
+
+
+def best_filtering_gap(model: zoo.StateSpace, steps: int) -> float:
+    weights = [torch.zeros(t + 3).requires_grad_() for t in range(steps)]
+    optim = torch.optim.LBFGS(weights, max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optim.zero_grad()
+        loss = expected_gap(model, steps, weights)
+        loss.backward()
+        return loss
+
+    optim.step(closure)
+    return float(expected_gap(model, steps, weights).detach())
+
+
+def proposal_gap(model: zoo.StateSpace, steps: int) -> float:
+    """q(z_t | z_{t-1}, x_t) = p(z_t | z_{t-1}, x_t), the optimal proposal of a particle filter."""
+    a = float(model.transition.weight)
+    c = float(model.emission.weight)
+    weights = []
+    for t in range(steps):
+        precision = 1 + c * c
+        w = torch.zeros(t + 3)
+        w[0] = a / precision if t else 0.0
+        w[1 + t] = c / precision
+        w[-1] = -0.5 * torch.log(torch.tensor(precision))
+        weights.append(w)
+    return float(expected_gap(model, steps, weights))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_exact_gap_of_the_optimal_proposal_is_that_of_the_reference() -> None:
+    """1.264 for the proposal on ten steps, 1.101 for the best filtering form of that system."""
+    model = zoo.StateSpace(z_dim=1, x_dim=1, num_steps=10, covariance="unit").requires_grad_(False)
+    model.transition.weight.fill_(0.9)
+    model.emission.weight.fill_(1.0)
+    proposal, best = proposal_gap(model, 10), best_filtering_gap(model, 10)
+    assert proposal == pytest.approx(1.264, abs=5e-4)
+    assert best == pytest.approx(1.101, abs=1e-3)
+    # An independent check of the proposal's gap: by draws.
+    x = model(size=4000)
+    z, log_w = None, torch.zeros(4000)
+    for t in range(10):
+        loc = (x[:, t] if z is None else z + x[:, t]) / 2
+        q = torch.distributions.Normal(loc, 0.5**0.5)
+        new = q.sample()
+        prior = torch.distributions.Normal(0.0 if z is None else z, 1.0)
+        seen = torch.distributions.Normal(new, 1.0)
+        log_w = log_w + (prior.log_prob(new) + seen.log_prob(x[:, t]) - q.log_prob(new)).squeeze(
+            -1
+        )
+        z = new
+    gap = model.log_evidence(x) - log_w
+    error = float(gap.std()) / 4000**0.5
+    assert float(gap.mean()) == pytest.approx(proposal, abs=4 * error)
