@@ -17,6 +17,7 @@ from guides.grid import cell_name, refusal
 from guides.inference import (
     SVI,
     CompiledSVI,
+    DivideAndConquer,
     HybridPredictiveCoding,
     IncrementalPredictiveCoding,
     LangevinPredictiveCoding,
@@ -140,6 +141,12 @@ LOOP_CASES = {
     ),
     "incremental": LoopCase(
         lambda model, guide, optim: IncrementalPredictiveCoding(model, optim, num_steps=3),
+        guides=("normal",),
+    ),
+    "divide_and_conquer": LoopCase(
+        lambda model, guide, optim: DivideAndConquer(
+            model, optim, num_particles=2, anneal=2, step_size=0.02, correction="metropolis"
+        ),
         guides=("normal",),
     ),
     "langevin_predictive_coding": LoopCase(

@@ -7,6 +7,7 @@ from typing import Any
 
 LOOPS = {
     "compiled_svi": "guides.inference.compiled_svi:CompiledSVI",
+    "divide_and_conquer": "guides.inference.divide_and_conquer:DivideAndConquer",
     "langevin_predictive_coding": (
         "guides.inference.langevin_predictive_coding:LangevinPredictiveCoding"
     ),
