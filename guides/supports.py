@@ -39,9 +39,9 @@ def check_support(name: str, fn: Any) -> None:
     if discrete:
         raise NotImplementedError(
             f"Guides and predictive coding need continuous latents, but site {name!r} is "
-            f"discrete ({family}). Marginalize it in the model (a mixture distribution, or a sum "
-            "over its values in pyro.factor), relax it (RelaxedOneHotCategorical), or fit with "
-            "TraceEnum_ELBO and config_enumerate."
+            f"discrete ({family}). Sum it out exactly: guides.enumeration.enumerated(model) is a "
+            "program without it; or marginalize it in the model (a mixture distribution), or "
+            "relax it (RelaxedOneHotCategorical)."
         )
 
 

@@ -94,7 +94,7 @@ def discrete_without_plate() -> None:
 
 
 BAD_PROGRAMS: dict[str, tuple[Any, str]] = {
-    "discrete": (discrete, r"site 'k' is discrete \(Categorical\).*Marginalize it"),
+    "discrete": (discrete, r"site 'k' is discrete \(Categorical\).*Sum it out exactly"),
     "moving_support": (
         moving_support,
         "support of latent site 'inside' depends on another latent",
