@@ -25,7 +25,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
 from guides.capturing import is_capturing
 from guides.probe import Program
@@ -66,7 +66,7 @@ def enumerated(
     return Enumerated(model, sites, limit)
 
 
-class Enumerated(nn.Module):
+class Enumerated:
     """The program of :func:`enumerated`.
 
     Args:
@@ -76,12 +76,11 @@ class Enumerated(nn.Module):
     """
 
     def __init__(self, model: Program, sites: Collection[str] | None, limit: int) -> None:
-        super().__init__()
         self.model = model
         self.names = None if sites is None else frozenset(sites)
         self.limit = limit
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program with the discrete sites summed out."""
         first = _Terms({}, {}, self.names)
         with first:

@@ -18,8 +18,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
 
 import pyro.optim
 import pyro.poutine as poutine
@@ -34,6 +35,7 @@ from guides.guide import ProgramGuide
 from guides.inference import solvers
 from guides.inference.captured_step import CapturedStep
 from guides.inference.checks import capture, check_ownership, warn_frozen
+from guides.inference.given import Given
 from guides.inference.laplace_guide import Laplace, laplace
 from guides.inference.newton import newton
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
@@ -234,7 +236,46 @@ class PredictiveCoding(CapturedStep):
             Constrained values by site, detached. Global latents start from their persistent
             values, which are not changed.
         """
-        return self._relax(self._log_joint(args, kwargs))[0]
+        log_joint = self._log_joint(args, kwargs)
+        values = self._relax(log_joint)[0]
+        if isinstance(self.model, Given) and (names := self.model.completed(values)):
+            with torch.no_grad():
+                terms = log_joint.run(values, density=False)
+            values |= {name: terms.values[name].detach() for name in names}
+        return values
+
+    def given(
+        self,
+        *,
+        clamp: Mapping[str, Tensor] | None = None,
+        release: Collection[str] = (),
+        missing: Collection[str] = (),
+        gain: Mapping[str, Tensor | float] | None = None,
+    ) -> Self:
+        """The same loop on the same program with other sites known.
+
+        It shares the parameters, not the state: its gradient evaluations are its own. Its guide,
+        which was made for the latents of the program, does not start its relaxations.
+
+        Args:
+            clamp: Values of latents that are known, by site.
+            release: Observed sites that are latent now: to generate, or to classify.
+            missing: Observed sites whose NaN entries are inferred; :meth:`infer` returns the
+                completed site beside its latents.
+            gain: Factors of the precision of a site's errors: attention.
+
+        Returns:
+            A loop for ``infer``, ``posterior``, ``inspect`` and ``step``.
+        """
+        program = Given(self.model, clamp=clamp, release=release, missing=missing, gain=gain)
+        loop = copy.copy(self)
+        loop.model, loop.guide = program, None
+        loop._globals, loop._curvature, loop._steps = None, None, 0
+        loop._checked, loop._kinds, loop._cost = set(), {}, {}
+        loop.gradient_evaluations, loop.frozen = 0, []
+        if hasattr(loop, "_chosen"):
+            loop._chosen = None
+        return loop
 
     def posterior(self, *args: Any, hessian: str = "exact", **kwargs: Any) -> Laplace:
         """Relax, go on to the mode, and take the Laplace posterior with the Hessian there.
@@ -470,6 +511,13 @@ class PredictiveCoding(CapturedStep):
                 ):
                     self.guide(*log_joint.args, **log_joint.kwargs)
                 start = terms.values
+        absent = [n for n in log_joint.layout.sites if n not in known and n not in start]
+        if absent:
+            raise ValueError(
+                f"The guide has no site {absent[0]!r}, which is a latent of the model. A guide that "
+                "starts a relaxation samples every latent: add the site, or pass guide=None, which "
+                f"starts at predictions. Sites of the guide: {', '.join(start) or 'none'}."
+            )
         return {
             name: known.get(name, start[name].detach()).expand(site.shape)
             for name, site in log_joint.layout.sites.items()
