@@ -184,7 +184,7 @@ class _Terms(Messenger):
         self.values: dict[str, Tensor] = {}
         self.sites: list[tuple[str, Any, Any, Any, tuple[Any, ...]]] = []
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if site_is_subsample(msg):
             if name in self.given and msg["value"] is None:
@@ -202,7 +202,7 @@ class _Terms(Messenger):
         # Scales and masks of handlers outside act on the factor as on everything else.
         self.sites.append((name, fn, msg["scale"], msg["mask"], tuple(msg["cond_indep_stack"])))
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_post_sample(self, msg: Any) -> None:
         self.values[msg["name"]] = msg["value"]
 
     def _support(self, msg: dict[str, Any]) -> Tensor:
@@ -285,7 +285,7 @@ class _Terms(Messenger):
         return result
 
 
-def _is_sample(msg: dict[str, Any]) -> bool:
+def _is_sample(msg: Any) -> bool:
     return bool(msg["type"] == "sample")
 
 

@@ -121,7 +121,7 @@ class _Given(Messenger):
         self.known = given
         self.seen: dict[str, bool] = {}
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         name, known = msg["name"], self.known
         if site_is_subsample(msg):
             return
@@ -218,11 +218,8 @@ def _fill(msg: dict[str, Any]) -> None:
     flat = absent.reshape(*absent.shape[:num_batch], -1) if fn.event_dim else absent
     columns = flat.reshape(-1, flat.shape[-1]).any(0) if fn.event_dim else None
     here = flat if columns is None else flat[..., columns]
-    latent = pyro.sample(
-        f"{name}_missing",
-        _Missing(fn, here, columns, own, transform, value),
-        infer={"missing": True},
-    )
+    prior = _Missing(fn, here, columns, own, transform, value)
+    latent = pyro.sample(f"{name}_missing", prior)
     filled = torch.nan_to_num(value)
     if columns is None:
         msg["value"] = torch.where(absent, latent, filled)

@@ -514,9 +514,9 @@ class PredictiveCoding(CapturedStep):
         absent = [n for n in log_joint.layout.sites if n not in known and n not in start]
         if absent:
             raise ValueError(
-                f"The guide has no site {absent[0]!r}, which is a latent of the model. A guide that "
-                "starts a relaxation samples every latent: add the site, or pass guide=None, which "
-                f"starts at predictions. Sites of the guide: {', '.join(start) or 'none'}."
+                f"The guide has no site {absent[0]!r}, which is a latent of the model. A guide "
+                "that starts a relaxation samples every latent: add the site, or pass guide=None, "
+                f"which starts at predictions. Sites of the guide: {', '.join(start) or 'none'}."
             )
         return {
             name: known.get(name, start[name].detach()).expand(site.shape)
