@@ -73,11 +73,17 @@ class Draw:
         empty = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self.target(empty, *self.args, **self.kwargs)
 
+    @property
+    def is_standard_normal(self) -> bool:
+        """Whether it fills a tensor with standard normal numbers."""
+        plain = not self.args and not self.kwargs
+        return self.shape is not None and self.target is _NORMAL and plain
+
     def repeated(self, *left: int) -> Callable[[], Tensor]:
         """What draws as a call with these sizes does, with as little around it as can be."""
-        if self.shape is None or self.target is not _NORMAL or self.args or self.kwargs:
+        if not self.is_standard_normal:
             return functools.partial(self, *left)
-        shape = (*left, *self.shape)
+        shape = (*left, *(self.shape or ()))
         return functools.partial(torch.randn, shape, dtype=self.dtype, device=self.device)
 
 

@@ -84,6 +84,7 @@ class Kind:
         reason: Why the mode is not the one that was asked for.
         steps_per_call: Steps of one graph; None for what suits its size.
         stack: Where several runs are made at once, their parameters.
+        joint_noise: Whether the noise of all steps of a call comes from one draw.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Kind:
         reason: str | None = None,
         steps_per_call: int | None = None,
         stack: Stack | None = None,
+        joint_noise: bool = False,
     ) -> None:
         self.stack = stack
+        self.joint_noise = joint_noise
         self.optim = optim
         self.mode = mode
         self.reason = reason
@@ -226,7 +229,14 @@ class Kind:
         if key not in self.made:
             small = self.num_numbers <= _MANY_NUMBERS
             self.made[key] = Steps(
-                self.graph, self.rules, self.parameters, num_steps, mode, self.stack, small
+                self.graph,
+                self.rules,
+                self.parameters,
+                num_steps,
+                mode,
+                self.stack,
+                small,
+                self.joint_noise,
             )
         found = self.made[key](data)
         if not self._marked:

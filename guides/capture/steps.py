@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from guides.capture.graph import Graph, share_equal_terms, trace
+from guides.capture.graph import Draw, Graph, share_equal_terms, trace
 from guides.capture.optimizers import Rule
 from guides.capture.products import as_calls, choose_products
 from guides.capture.restarts import Stack
@@ -128,6 +129,9 @@ class Steps:
         mode: ``"graph"`` or ``"inductor"``.
         stack: Parameters and states of several runs, which are made all at once.
         small: Whether the tensors are small.
+        joint_noise: Whether the noise of all steps of a call comes from one draw, where it is all
+            standard normal. Its numbers are those of the program for a generator whose stream
+            does not depend on how many are drawn at once.
     """
 
     graph: Graph
@@ -137,6 +141,7 @@ class Steps:
     mode: str
     stack: Stack | None = None
     small: bool = False
+    joint_noise: bool = False
     seconds: float = 0.0
     reason: str | None = None
     _run: Callable[..., Sequence[Tensor]] | None = field(default=None, repr=False)
@@ -169,6 +174,11 @@ class Steps:
 
         left = () if self.stack is None else (self.stack.num_restarts,)
         self._draws = [draw.repeated(*left) for draw in self.graph.draws] * self.num_steps
+        self._joint = _joint_normal(self.graph.draws) if self.joint_noise else None
+        self._sizes = [math.prod(draw.shape or ()) for draw in self.graph.draws]
+        if self._joint is not None:
+            shape = (self.num_steps, *left, sum(self._sizes))
+            self._draws = [replace(self._joint, shape=shape).repeated()]
         self._tables: list[Tensor] = []
         self._made_for: Any = None
         self._place = 0
@@ -210,14 +220,13 @@ class Steps:
         current = list(learning)
         losses: list[Tensor] = []
         extras: list[Tensor] = []
-        per_step = len(self.graph.draws)
         for i in range(self.num_steps):
             parameters: list[Any] = [None] * len(self.parameters)
             for place, value in zip(order, current, strict=True):
                 parameters[place] = value
             rest = iter(fixed)
             parameters = [next(rest) if value is None else value for value in parameters]
-            own = noise[i * per_step : (i + 1) * per_step]
+            own = self._noise_of(i, noise)
             loss, *results = evaluate(*parameters, *data, *own)
             grads, extras = results[: len(order)], results[len(order) :]
             losses.append(loss)
@@ -229,6 +238,18 @@ class Steps:
         for before, after in zip(flat, [t for own in state for t in own], strict=True):
             before.copy_(after)
         return [torch.stack(losses), *extras]
+
+    def _noise_of(self, step: int, noise: Sequence[Tensor]) -> list[Tensor]:
+        """The noise of one of the steps of a call, a tensor a draw."""
+        draws = self.graph.draws
+        if self._joint is None:
+            return list(noise[step * len(draws) : (step + 1) * len(draws)])
+        parts = noise[0][step].split(self._sizes, -1)
+        shapes = [
+            (*part.shape[:-1], *(draw.shape or ()))
+            for part, draw in zip(parts, draws, strict=True)
+        ]
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _all(self, *inputs: Tensor) -> list[Tensor]:
         return list(self.graph.module(*inputs))
@@ -303,6 +324,14 @@ class Steps:
             loss, *results = self._run(*inputs)
         count = len(self.graph.learning)
         return loss, list(results[:count]), list(results[count:])
+
+
+def _joint_normal(draws: Sequence[Draw]) -> Draw | None:
+    """A draw that stands for several, where all are standard normal and of one kind."""
+    if not draws or any(not draw.is_standard_normal for draw in draws):
+        return None
+    kinds = {(draw.dtype, draw.device) for draw in draws}
+    return draws[0] if len(kinds) == 1 else None
 
 
 def rng_devices() -> list[int]:

@@ -59,6 +59,9 @@ class CompiledSVI(SVI):
             ``"eager"`` is ``SVI``; ``"auto"`` compiles where there is a C++ compiler.
         steps_per_call: Steps in one graph for :meth:`run` on one batch; by default as many, up
             to 16, as keep the time to compile short.
+        noise: ``"per_step"`` draws as the program does, from the same random stream;
+            ``"per_call"`` draws the normal noise of all steps of a call at once, which is faster
+            on small programs and another stream: equal in distribution, not number by number.
         num_restarts: Number of runs R that are made at once, in one graph with one more batch
             dimension. Run 0 starts where the parameters are, the others at perturbations of
             them. The loss is the mean over the runs that are finite; :meth:`run` ends with the
@@ -99,6 +102,7 @@ class CompiledSVI(SVI):
         *,
         mode: str = "auto",
         steps_per_call: int | None = None,
+        noise: str = "per_step",
         num_restarts: int | None = None,
         jitter: float = 0.1,
         **options: Any,
@@ -107,6 +111,8 @@ class CompiledSVI(SVI):
         for name, count in counts.items():
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{name} must be at least 1, an integer; got {count!r}.")
+        if noise not in ("per_step", "per_call"):
+            raise ValueError(f'noise must be "per_step" or "per_call", got {noise!r}.')
         if jitter < 0:
             raise ValueError(f"jitter must not be negative, got {jitter}.")
         if num_restarts is not None and mode == "eager":
@@ -117,6 +123,7 @@ class CompiledSVI(SVI):
         self.objective = loss
         self.mode, self._fallback = choose_mode(mode)
         self.steps_per_call = steps_per_call
+        self.noise = noise
         self._kinds: dict[Any, Kind] = {}
         self._stack = None if num_restarts is None else Stack(num_restarts, jitter)
         self._last: tuple[tuple[Any, ...], Arguments] | None = None
@@ -272,6 +279,7 @@ class CompiledSVI(SVI):
                 reason=self._fallback,
                 steps_per_call=self.steps_per_call,
                 stack=self._stack,
+                joint_noise=self.noise == "per_call",
             )
         kind.optim = self.optim
         if not kind.is_current():
