@@ -309,6 +309,11 @@ def _python_draws_kept() -> Iterator[None]:
         numpy.random.set_state(array_state)
 
 
+def _random_states() -> list[Tensor]:
+    """The states that a program may draw from: that of the CPU, and those of GPUs in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in rng_devices())]
+
+
 def _eager(function: Function, data: Sequence[Tensor]) -> list[Tensor]:
     with pyro.validation_enabled(False):
         loss, grads, extras = function(*data)
@@ -324,7 +329,7 @@ def _check(
         seed = int(torch.randint(2**31 - 1, ()))
         torch.manual_seed(seed)
         expected = _eager(function, data)
-        after = torch.get_rng_state()
+        after = _random_states()
         torch.manual_seed(seed)
         with torch.no_grad():
             found = graph.module(*values, *data, *graph.noise())
@@ -337,5 +342,5 @@ def _check(
                 raise CaptureError(
                     "the captured graph does not agree with the program on fresh draws"
                 )
-        if not torch.equal(after, torch.get_rng_state()):
+        if not all(map(torch.equal, after, _random_states())):
             raise CaptureError("the captured graph draws other random numbers than the program")

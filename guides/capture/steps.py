@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from guides.capture.cuda_graphs import Recording, records
 from guides.capture.graph import Draw, Graph, share_equal_terms, trace
 from guides.capture.optimizers import Rule
 from guides.capture.products import as_calls, choose_products
@@ -293,7 +294,24 @@ class Steps:
         # Draws that stay in the graph are made while it is traced; they are not the program's.
         with torch.random.fork_rng(rng_devices()):
             self._run, self.reason = lower(function, inputs, self.mode, small=self.small)
+            if records(inputs, self.mode, self.reason) and not self.graph.live and self.num_steps:
+                self._record(inputs)
         self.seconds = time.perf_counter() - start
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        assert self._run is not None
+        compiled, recording = self._run, Recording(self._run, len(self._views))
+        kept = [view.clone() for view in self._views]
+        try:
+            with torch.no_grad():
+                recording(*inputs)
+            self._run = recording
+        except RuntimeError as error:
+            first = (str(error).splitlines() or [""])[0]
+            self._run = compiled
+            self.reason = f"recording it on the GPU raised {type(error).__name__}: {first}"
+        for view, value in zip(self._views, kept, strict=True):
+            view.copy_(value)
 
     def __call__(self, data: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Make the steps; returns the losses before each of them, and the extras of the last."""
@@ -336,7 +354,7 @@ def _joint_normal(draws: Sequence[Draw]) -> Draw | None:
 
 def rng_devices() -> list[int]:
     """Devices whose random state is forked beside that of the CPU."""
-    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def _split(values: Sequence[Tensor], *sizes: int) -> list[Sequence[Tensor]]:
