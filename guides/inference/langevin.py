@@ -156,6 +156,7 @@ class Chain:
         other: Energies of the rest, (S, ...).
         state: The last state.
         factor: What the steps of the units were multiplied by, after adaptation.
+        adapted: How many updates adapted each unit's factor, all runs together.
         acceptance: Fraction of accepted proposals by unit, while draws were kept.
         num_gradients: Gradients that were taken.
     """
@@ -165,6 +166,7 @@ class Chain:
     other: Tensor
     state: State
     factor: Tensor
+    adapted: Tensor
     acceptance: Tensor
     num_gradients: int
 
@@ -281,7 +283,8 @@ def langevin(
     momentum: float = 0.0,
     metric: Mapping[str, Metric] | RunningMoment | None = None,
     factor: Tensor | None = None,
-    adapt: bool = True,
+    adapted: Tensor | None = None,
+    most_adapted: float = float("inf"),
     scale: float = 1.0,
 ) -> Chain:
     """Discard ``num_mixing`` updates, then keep ``num_samples`` states.
@@ -299,7 +302,9 @@ def langevin(
         momentum: m, for ``"ula"``.
         metric: Preconditioners by group, fixed or running.
         factor: Factors of the steps that an earlier run ended with.
-        adapt: Whether MALA adapts its steps.
+        adapted: How many updates have adapted them.
+        most_adapted: Where adaptation ends for good. A chain that goes on from run to run needs
+            an end: a step that follows every decision biases the draws.
         scale: N/B of the data plate.
 
     Returns:
@@ -308,6 +313,7 @@ def langevin(
     state = start
     units = start.energy(scale)
     factor = torch.ones_like(units) if factor is None else factor
+    adapted = torch.zeros_like(units) if adapted is None else adapted
     running = metric if isinstance(metric, RunningMoment) else None
     fixed = None if running is not None else metric
     moments = {} if running is None else running.start(start.packed)
@@ -323,10 +329,11 @@ def langevin(
         steps = {k: step[k] * factor for k in state.packed}
         if sampler == "mala":
             state, chance = mala(evaluate, state, steps, fixed, scale)  # type: ignore[arg-type]
-            if mixing and adapt:
-                rate = (count + 1.0) ** -0.6
+            if mixing:
+                rate = (adapted + 1) ** -0.6 * (adapted < most_adapted)
                 factor = factor * torch.exp(rate * (chance - TARGET_ACCEPTANCE))
-            elif not mixing:
+                adapted = adapted + 1
+            else:
                 accepted = accepted + chance / num_samples
         else:
             state = ula(evaluate, state, steps, fixed, momentum)  # type: ignore[arg-type]
@@ -341,6 +348,7 @@ def langevin(
         other=torch.stack(other),
         state=state,
         factor=factor,
+        adapted=adapted,
         acceptance=accepted if sampler == "mala" else torch.ones_like(units),
         num_gradients=num_mixing + num_samples,
     )

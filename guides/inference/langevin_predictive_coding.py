@@ -58,6 +58,7 @@ __all__ = ["LangevinPredictiveCoding", "Samples"]
 Packed = dict[str, Tensor]
 _RELAX_STEPS = 20
 _POSTERIOR_CHAINS = 8
+_MOST_ADAPTED = 100  # discarded updates of a persistent chain after which MALA's step is final
 _ULA_STEP = 0.1  # of 1 / lambda_max: 5 percent too wide where the posterior is narrowest
 
 
@@ -94,8 +95,8 @@ class LangevinPredictiveCoding(PredictiveCoding):
             with a guide.
         sampler: ``"ula"``, unadjusted with a known bias
             (:func:`guides.inference.langevin.stationary_covariance`), or ``"mala"``, which
-            accepts or rejects row by row and has none; its steps adapt while updates are
-            discarded. For densities with kinks (Laplace) take ``"mala"``.
+            accepts or rejects row by row and has none; its steps adapt in the first hundred
+            discarded updates of a chain. For densities with kinks (Laplace) take ``"mala"``.
         step_size: eta; ``"auto"`` is 0.1 / lambda_max of each row for ``"ula"``.
         num_mixing: Updates that are discarded in every step.
         num_samples: States of a chain that a step learns at.
@@ -317,6 +318,8 @@ class LangevinPredictiveCoding(PredictiveCoding):
                 momentum=self.momentum,
                 metric=metric,
                 factor=left.get("factor"),
+                adapted=left.get("adapted"),
+                most_adapted=_MOST_ADAPTED if learning else float("inf"),
                 scale=read.scale,
             )
             check_finite(log_joint, chain.state, "after the last update")
@@ -436,9 +439,7 @@ class LangevinPredictiveCoding(PredictiveCoding):
         new = {"data": fresh["data"].movedim(0, 1)}  # (B, C, K)
         rows = {}
         for name, value in {**new, **found}.items():
-            first = new["data"] if name == "data" else value.new_ones(())
-            if name.startswith("velocity"):
-                first = value.new_zeros(())
+            first = new["data"] if name == "data" else value.new_full((), name == "factor")
             shape = (-1,) + (1,) * (value.dim() - 1)
             rows[name] = torch.where(known.reshape(shape), value, first)
         if "global" in fresh:
@@ -448,7 +449,8 @@ class LangevinPredictiveCoding(PredictiveCoding):
     def _remember(self, log_joint: LogJoint, chain: Chain) -> None:
         """Where the chains are left: those of global latents, and of rows if they persist."""
         read, state = log_joint.layout, chain.state
-        left = {} if self.sampler == "ula" else {"factor": chain.factor}
+        left = {"factor": chain.factor, "adapted": chain.adapted}
+        left = {} if self.sampler == "ula" else left
         velocity = state.velocity or {}
         if "global" in state.packed:
             self._chains = {"global": state.packed["global"], **left}
