@@ -306,6 +306,17 @@ def test_float32_and_a_batch_of_one() -> None:
         assert pc.infer(x)["z"].dtype == torch.float32
 
 
+def test_a_loop_with_other_sites_known_has_chains_of_its_own() -> None:
+    x = torch.tensor([1.0, 2.0, 4.0])
+    pc = LangevinPredictiveCoding(tree, SGD, persistent=True)
+    pc.step(x)
+    before = pc.get_state()["memory"]["tensors"]["data"]
+    clamped = pc.given(clamp={"mean": torch.tensor(10.0)})
+    assert clamped.samples(x, num_samples=300).values["z"].mean() > 2.5
+    clamped.step(x)
+    assert torch.equal(pc.get_state()["memory"]["tensors"]["data"], before)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

@@ -130,7 +130,10 @@ def point(x: Tensor, num_steps: int) -> dict[str, Any]:
     """Point-estimate learning: the loop for some steps, its recursion for all."""
     toy = Toy()
     loop = PredictiveCoding(
-        toy.program, pyro.optim.SGD({"lr": 0.01 / len(x)}), num_steps=1, solver="newton"
+        toy.program,
+        pyro.optim.PyroOptim(torch.optim.SGD, {"lr": 0.01 / len(x)}),
+        num_steps=1,
+        solver="newton",
     )
     _, every = train(loop, toy, x, 500)
     curve = point_curve(num_steps, 0.01)
@@ -148,7 +151,7 @@ def langevin(x: Tensor, num_steps: int, **options: Any) -> dict[str, Any]:
     toy = Toy()
     loop = LangevinPredictiveCoding(
         toy.program,
-        pyro.optim.SGD({"lr": 0.1 / len(x)}),
+        pyro.optim.PyroOptim(torch.optim.SGD, {"lr": 0.1 / len(x)}),
         persistent=True,
         num_samples=1,
         mode="graph",

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyro.optim
 import torch
@@ -92,7 +92,8 @@ class LangevinPredictiveCoding(PredictiveCoding):
         guide: Any guide for the model. Chains start at draws from one of this package, at the
             one draw of another.
         num_steps: Updates towards the mode before a new chain starts; by default 20, and none
-            with a guide.
+            with a guide. Without any, rows mix from what their parents predict, and pull global
+            latents there meanwhile.
         sampler: ``"ula"``, unadjusted with a known bias
             (:func:`guides.inference.langevin.stationary_covariance`), or ``"mala"``, which
             accepts or rejects row by row and has none; its steps adapt in the first hundred
@@ -231,6 +232,13 @@ class LangevinPredictiveCoding(PredictiveCoding):
         chain = self._sample(log_joint, self._begin(log_joint))
         means = {name: value.mean((0, 1)) for name, value in chain.draws.items()}
         return {k: v.detach() for k, v in log_joint.layout.constrain(means).items()}
+
+    def given(self, **known: Any) -> Self:
+        """See :meth:`guides.inference.PredictiveCoding.given`; the chains are new, too."""
+        loop = super().given(**known)
+        loop.memory, loop._chains, loop._rows = RowMemory(), {}, None
+        loop.guide_loss = None
+        return loop
 
     def samples(
         self,
