@@ -140,6 +140,14 @@ def test_settled_steps_do_not_follow_the_particles() -> None:
     assert torch.allclose(settled_spread(20 * score, before), 400 * score.var(0))
 
 
+def test_a_fresh_start_leaves_no_weights_behind() -> None:
+    """Metropolis steps would carry them for ever."""
+    loop = loop_of(Chain(), num_particles=8, anneal=3, correction="metropolis")
+    loop.step(3 * torch.randn(5))
+    weights = loop._memory.rows.tensors["log weights"].exp()
+    assert torch.allclose(weights, torch.full((5, 8), 1 / 8))
+
+
 @pytest.mark.parametrize("variant", ["corrected", "published"])
 def test_particles_persist_by_row_number(variant: str) -> None:
     x = torch.randn(6)

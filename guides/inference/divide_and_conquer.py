@@ -390,6 +390,8 @@ class DivideAndConquer:
         if cloud is not None and bool(known.all()):
             return cloud
         fresh = self._fresh(density, self.num_particles)
+        # Metropolis steps never weigh again: the weights of the start would stay for good.
+        fresh = self.sampler.equalized(density, fresh)
         return fresh if cloud is None else choose(known, cloud, fresh)
 
     def __repr__(self) -> str:

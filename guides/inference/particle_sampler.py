@@ -215,6 +215,13 @@ class Sampler:
             log_normalizer=cloud.log_normalizer + torch.where(few, mean, torch.zeros_like(mean)),
         )
 
+    @torch.no_grad()
+    def equalized(self, density: ParticleDensity, cloud: Cloud) -> Cloud:
+        """Copies in proportion to the weights in every unit: particles of equal weight."""
+        if self.variant == "published":
+            return cloud
+        return replace(self, threshold=math.inf)._resampled(density, cloud)
+
     def _indices(self, log_weights: Tensor) -> Tensor:
         num, units = log_weights.shape
         if self.resampler == "published":
