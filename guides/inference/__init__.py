@@ -29,6 +29,7 @@ _EXPORTS = {
     "KinkError": "guides.inference.curvature",
     "LangevinPredictiveCoding": "guides.inference.langevin_predictive_coding",
     "Laplace": "guides.inference.laplace_guide",
+    "LaplaceCorrected": "guides.inference.laplace_corrected",
     "PredictiveCoding": "guides.inference.predictive_coding",
     "Run": "guides.inference.running",
     "SVI": "guides.inference.svi",
