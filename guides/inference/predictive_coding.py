@@ -30,6 +30,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from guides import location_scale
+from guides.capturing import is_capturing
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
 from guides.inference import solvers
@@ -38,12 +39,16 @@ from guides.inference.checks import capture, check_ownership, warn_frozen
 from guides.inference.given import Given
 from guides.inference.laplace_guide import Laplace, laplace
 from guides.inference.newton import newton
+from guides.inference.regime import Regime, measure, warn_regime
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
+from guides.inference.row_memory import RowMemory
 from guides.inference.running import Run, Stop, run
 from guides.inference.site_state import SiteState, site_state
 from guides.inference.solvers.auto import Choice, choose
 from guides.inference.solvers.solver import Solver, check_solver
 from guides.inference.start import insert, off_center
+from guides.inference.units import Units
+from guides.inference.warm_start import keep_last, recall_last
 from guides.layout import Layout, layout
 from guides.probe import Program
 
@@ -78,6 +83,8 @@ class PredictiveCoding(CapturedStep):
             last one. Rows that have stopped leave the batch where the call can be sliced.
         data_args: Which arguments of the model hold rows, and their axis
             (:func:`guides.rows.data_args_of`); by default known or inferred.
+        warm_start: ``"guide"`` starts at the center of ``guide``, as a guide does by itself;
+            ``"last"`` starts a row where its last learning step left it, a new row by default.
         global_rate: With a minibatch, step of the persistent global latents relative to that of
             their curvature; by default B/N, which makes an epoch one full step.
         mode: How :meth:`step` runs after the first one: ``"eager"`` traces the program at every
@@ -91,6 +98,8 @@ class PredictiveCoding(CapturedStep):
     Attributes:
         gradient_evaluations: Gradients of one row's log joint so far, Hessian products counted
             twice.
+        num_products: Gradients and Hessian products of relaxations so far, each counted once for
+            all rows of a call.
         frozen: Trainable parameters of the model that got no gradient at the first step.
 
     Example:
@@ -118,6 +127,7 @@ class PredictiveCoding(CapturedStep):
         data_plate: str | None = "auto",
         tolerance: float = 0.0,
         data_args: Mapping[str, int] | None = None,
+        warm_start: str | None = None,
         global_rate: float | None = None,
         newton_steps: int = 20,
         mode: str = "eager",
@@ -143,6 +153,13 @@ class PredictiveCoding(CapturedStep):
             )
         if solver != "auto":
             check_solver(solver, step_size)
+        if warm_start not in (None, "guide", "last"):
+            raise ValueError(f'warm_start must be None, "guide" or "last", got {warm_start!r}.')
+        if warm_start == "guide" and guide is None:
+            raise ValueError(
+                'warm_start="guide" needs a guide to start from. Pass guide=, for example '
+                'guides.make("amortized_normal", model, x).'
+            )
         if newton_steps < 0:
             raise ValueError(f"newton_steps must not be negative, got {newton_steps}.")
         if global_rate is not None and not 0 < global_rate <= 1:
@@ -160,6 +177,8 @@ class PredictiveCoding(CapturedStep):
         self.data_plate = data_plate
         self.tolerance = tolerance
         self.data_args = data_args
+        self.warm_start = warm_start
+        self.num_products = 0
         self.global_rate = global_rate
         self.newton_steps = newton_steps
         self.gradient_evaluations = 0
@@ -169,6 +188,8 @@ class PredictiveCoding(CapturedStep):
         self._steps = 0
         self._checked: set[tuple[str, ...]] = set()
         self._chosen: Choice | None = None
+        self._memory = RowMemory()
+        self._regime: Regime | None = None
         self._set_mode(mode)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -324,6 +345,33 @@ class PredictiveCoding(CapturedStep):
             indices=layout_.indices,
         )
 
+    def regime(self, *args: Any, **kwargs: Any) -> Regime:
+        """How far the relaxation of a call goes, and whether its steps are stable.
+
+        Relaxes the call once and measures; ``repr`` shows what was found last.
+
+        Warns:
+            UserWarning: Where the step is unstable, or where the relaxation hardly leaves the
+                feed-forward state, so that learning there is backpropagation.
+        """
+        log_joint = self._log_joint(args, kwargs)
+        start, moved = self._start_packed(log_joint)
+        _, relaxed = self._relax(log_joint)
+        units = Units(log_joint, start, jacobian=self.jacobian, noncentered=moved)
+        name = self._choice(log_joint.layout).solver if self.solver == "auto" else self.solver
+        found = measure(
+            units,
+            start,
+            relaxed,
+            None if isinstance(self.step_size, str) else float(self.step_size),
+            feed_forward=self._feeds_forward(moved),
+            solver=solvers.make(name),
+        )
+        self.gradient_evaluations += units.counts.rows
+        self._regime = found
+        warn_regime(found.verdict)
+        return found
+
     def inspect(
         self, *args: Any, values: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> dict[str, SiteState]:
@@ -360,6 +408,7 @@ class PredictiveCoding(CapturedStep):
             "curvature": None if self._curvature is None else dict(self._curvature),
             "steps": self._steps,
             "gradient_evaluations": self.gradient_evaluations,
+            "rows": self._memory.state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -368,6 +417,8 @@ class PredictiveCoding(CapturedStep):
         self._curvature = state["curvature"]
         self._steps = state["steps"]
         self.gradient_evaluations = state["gradient_evaluations"]
+        if "rows" in state:
+            self._memory.set_state(state["rows"])
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {} if self._curvature is None else dict(self._curvature)
@@ -394,6 +445,7 @@ class PredictiveCoding(CapturedStep):
             self.jacobian,
             self.data_plate,
             self.tolerance,
+            self.warm_start,
             self.global_rate,
             tuple(self._tensors()),
         )
@@ -464,11 +516,41 @@ class PredictiveCoding(CapturedStep):
             data_args=self.data_args,
         )
         self.gradient_evaluations += relaxed.row_gradients
-        return self._values(log_joint, relaxed.packed), relaxed
+        self.num_products += relaxed.num_products
+        values = self._values(log_joint, relaxed.packed)
+        if learning:
+            self._watch(log_joint, packed, moved)
+            if self.warm_start == "last":
+                keep_last(self._memory, log_joint, values)
+        return values, relaxed
+
+    def _watch(
+        self, log_joint: LogJoint, start: dict[str, Tensor], moved: tuple[str, ...]
+    ) -> None:
+        """Warn, now and then, of a step that has become too long or that is backpropagation's."""
+        if is_capturing() or self.step_size == "auto" or self._steps % _REFRESH:
+            return
+        if self._feeds_forward(moved) and self.num_steps == 1:
+            warn_regime("backpropagation")
+        solver = solvers.make(self.solver)
+        if not solver.uses_curvature:
+            return
+        energy = energy_function(log_joint, jacobian=self.jacobian, noncentered=moved)
+        found = curvature(energy, start, log_joint.layout.scale)
+        self.gradient_evaluations += 24 * len(start) * max(1, log_joint.layout.num_rows)
+        bound = solver.stable / float(self.step_size)
+        if any(bool((c > bound).any()) for c in found.values()):
+            warn_regime("unstable")
+
+    def _feeds_forward(self, moved: tuple[str, ...]) -> bool:
+        """Whether a relaxation begins with standardized errors of zero, and moves those."""
+        return bool(moved) and self.guide is None and self.warm_start is None
 
     def _start_packed(self, log_joint: LogJoint) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Where a relaxation starts, in its own coordinates, and what is standardized there."""
         values = self._start(log_joint)
+        if self.warm_start == "last":
+            values = recall_last(self._memory, log_joint, values)
         moved = self._noncentered(log_joint.layout)
         packed = log_joint.layout.pack(values)
         if moved:
@@ -540,6 +622,8 @@ class PredictiveCoding(CapturedStep):
         return self._chosen
 
     def _refusal(self) -> str | None:
+        if self.warm_start == "last":
+            return 'warm_start="last" looks rows up by their numbers'
         return None if self.solver == "auto" else solvers.make(self.solver).uncapturable
 
     def _cached_curvature(
@@ -574,7 +658,8 @@ class PredictiveCoding(CapturedStep):
             solver = f"auto: {chosen.solver}, {chosen.parameterization} ({chosen.reason})"
         return (
             f"PredictiveCoding({self.parameterization}, {solver}, num_steps={self.num_steps}, "
-            f"step_size={self.step_size!r}, jacobian={self.jacobian}, persistent latents: {kept})"
+            f"step_size={self.step_size!r}, jacobian={self.jacobian}, persistent latents: {kept}"
+            f"{'' if self._regime is None else f'; {self._regime}'})"
         )
 
 

@@ -34,6 +34,11 @@ class HeavyBall(Descent):
 
     momentum: float = 0.9
 
+    @property
+    def stable(self) -> float:  # type: ignore[override]
+        """Twice one plus the momentum."""
+        return 2 * (1 + self.momentum)
+
     def memory(self, point: Point) -> State:
         """No velocity."""
         return {"velocity": torch.zeros_like(point.x)}

@@ -29,6 +29,8 @@ class Nesterov(Descent):
     A unit whose energy would rise starts over with t = 1.
     """
 
+    stable = 4.0 / 3.0  # of the largest extrapolation
+
     def memory(self, point: Point) -> State:
         """At rest."""
         return {"before": point.x, "t": torch.ones_like(point.energy)}

@@ -48,12 +48,14 @@ class Solver:
 
     Attributes:
         uses_curvature: Whether its steps are multiples of 1 / lambda_max of the unit.
+        stable: Step times lambda_max from which on it is unstable, where it uses the curvature.
         numeric: Whether a numeric ``step_size`` means something to it.
         uncapturable: Why its steps cannot be written down as a graph; None where they can.
         idle: Whether nothing is pending, so that rows may be taken out between two steps.
     """
 
     uses_curvature: ClassVar[bool] = True
+    stable = 2.0
     numeric: ClassVar[bool] = True
     uncapturable: ClassVar[str | None] = None
     idle: bool = True
