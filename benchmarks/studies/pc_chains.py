@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.study import StudyLog
 from guides.inference import PredictiveCoding
 
-__all__ = ["DEPTHS", "Chain", "gradient_steps", "main", "products", "run"]
+__all__ = ["DEPTHS", "SOLVERS", "Chain", "gradient_steps", "main", "products", "relaxation", "run"]
 
 RECORDS = Path(__file__).parents[1] / "records" / "pc_chains" / "study.jsonl"
 DEPTHS = (2, 5, 10, 20)
@@ -37,8 +37,6 @@ SOLVERS: dict[str, dict[str, str]] = {
     "auto": {"solver": "auto"},
     "conjugate_gradient": {"solver": "conjugate_gradient", "parameterization": "noncentered"},
     "conjugate_gradient, centered": {"solver": "conjugate_gradient"},
-    "lbfgs": {"solver": "lbfgs", "parameterization": "noncentered"},
-    "lbfgs, centered": {"solver": "lbfgs"},
 }
 
 

@@ -528,10 +528,12 @@ class PredictiveCoding(CapturedStep):
         self, log_joint: LogJoint, start: dict[str, Tensor], moved: tuple[str, ...]
     ) -> None:
         """Warn, now and then, of a step that has become too long or that is backpropagation's."""
-        if is_capturing() or self.step_size == "auto" or self._steps % _REFRESH:
+        if is_capturing() or self.step_size == "auto":
             return
-        if self._feeds_forward(moved) and self.num_steps == 1:
+        if self._feeds_forward(moved) and self.num_steps == 1 and self._steps == 0:
             warn_regime("backpropagation")
+        if self._steps % _REFRESH != _REFRESH - 1:
+            return
         solver = solvers.make(self.solver)
         if not solver.uses_curvature:
             return

@@ -19,7 +19,7 @@ from guides.supports import unwrap
 
 __all__ = ["Choice", "choose"]
 
-_KINKED = ("AsymmetricLaplace", "Laplace", "Uniform")
+_KINKED = ("AsymmetricLaplace", "Laplace")
 
 
 @dataclass(frozen=True)
