@@ -358,14 +358,13 @@ class PredictiveCoding(CapturedStep):
         start, moved = self._start_packed(log_joint)
         _, relaxed = self._relax(log_joint)
         units = Units(log_joint, start, jacobian=self.jacobian, noncentered=moved)
-        name = self._choice(log_joint.layout).solver if self.solver == "auto" else self.solver
         found = measure(
             units,
             start,
             relaxed,
             None if isinstance(self.step_size, str) else float(self.step_size),
             feed_forward=self._feeds_forward(moved),
-            solver=solvers.make(name),
+            solver=self._solver(log_joint.layout),
         )
         self.gradient_evaluations += units.counts.rows
         self._regime = found
@@ -500,7 +499,7 @@ class PredictiveCoding(CapturedStep):
         read = log_joint.layout
         packed, moved = self._start_packed(log_joint)
         step_size: Any = self.step_size
-        solver = solvers.make(self._choice(read).solver if self.solver == "auto" else self.solver)
+        solver = self._solver(read)
         if step_size == "auto" and learning and (solver.uses_curvature or hold_globals):
             step_size = self._cached_curvature(log_joint, packed, moved)
         relaxed = relax(
@@ -534,7 +533,7 @@ class PredictiveCoding(CapturedStep):
             warn_regime("backpropagation")
         if self._steps % _REFRESH != _REFRESH - 1:
             return
-        solver = solvers.make(self.solver)
+        solver = self._solver(log_joint.layout)
         if not solver.uses_curvature:
             return
         energy = energy_function(log_joint, jacobian=self.jacobian, noncentered=moved)
@@ -622,6 +621,10 @@ class PredictiveCoding(CapturedStep):
         """What ``"auto"`` stands for in a call."""
         self._chosen = choose(read)
         return self._chosen
+
+    def _solver(self, read: Layout) -> Solver:
+        """A fresh solver for a relaxation."""
+        return solvers.make(self._choice(read).solver if self.solver == "auto" else self.solver)
 
     def _refusal(self) -> str | None:
         if self.warm_start == "last":
