@@ -363,12 +363,7 @@ class DivideAndConquer:
         graph = self._graph(density)
         for _ in range(self.num_sweeps):
             cloud = self.sampler.sweep(density, graph, cloud, settled=True)
-        if not bool(torch.isfinite(cloud.log_weights.logsumexp(0)).all()):
-            raise ValueError(
-                "No particle of a row has weight left: every proposal left the range of numbers. "
-                f'Lower step_size={self.sampler.step_size}, or use correction="metropolis", '
-                "which stays where a proposal fails."
-            )
+        self.sampler.check(cloud)
         if counted:
             units = max(1, density.layout.num_rows) * cloud.num_particles
             per_site = 2 if self.sampler.variant == "corrected" else 1

@@ -164,7 +164,10 @@ def published_move(
     proposed = {**particles, name: there}
     log_dets = density.over(lambda p: _log_det(density, p, name), {name: there})
     conditional = _own(density, density.terms(proposed), (name, *children), name)
-    return proposed, conditional, conditional + log_dets - _log_normal(there, mean, 2 * step)
+    log_weights = conditional + log_dets - _log_normal(there, mean, 2 * step)
+    finite = torch.isfinite(log_weights)
+    kept = torch.where(finite.unsqueeze(-1), there, here)
+    return {**particles, name: kept}, conditional, torch.where(finite, log_weights, -torch.inf)
 
 
 def _log_det(density: ParticleDensity, particle: Particles, name: str) -> Tensor:

@@ -130,7 +130,17 @@ class Sampler:
             if record is not None:
                 record.append(made)
             before = beta
+        self.check(cloud)
         return cloud
+
+    def check(self, cloud: Cloud) -> None:
+        """Raise where a row has no particle left that carries weight."""
+        if not bool(torch.isfinite(cloud.log_evidence()).all()):
+            raise ValueError(
+                "No particle of a row has weight left: every proposal left the range of numbers. "
+                f"Lower step_size={self.step_size}, or use the corrected variant with "
+                'correction="metropolis", which stays where a proposal fails.'
+            )
 
     @torch.no_grad()
     def sweep(
