@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guides.capture import steps as capture_steps
-from guides.inference import CompiledSVI
+from guides.inference import SVI, CompiledSVI
 from guides.objectives import OBJECTIVES, RefinementELBO
 from tests.captured_cases import (
     INELIGIBLE,
@@ -20,11 +20,14 @@ from tests.captured_cases import (
     OBJECTIVE_PAIRS,
     PAIRS,
 )
-from tests.cases import GUIDE_CASES, MODEL_CASES, TWO_LEVELS
-from tests.test_compiled_svi import check_equal, pair
+from tests.cases import CORE_GUIDES, GUIDE_CASES, MODEL_CASES, TWO_LEVELS
+from tests.test_compiled_svi import nudged, pair, train
 
 ELIGIBLE = [names for names in PAIRS if names not in INELIGIBLE]
 OTHER_MODELS = [names for names in ELIGIBLE if names[0] != TWO_LEVELS]
+SINGLE = [
+    names for names in ELIGIBLE if names[0] in (TWO_LEVELS, "vae") and names[1] in CORE_GUIDES
+]
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +78,35 @@ def test_an_objective_has_a_graph_with_every_kind_of_family(objective: str, fami
     _objective_has_a_graph(objective, family)
 
 
-def _hundred_steps(model: str, guide: str, dtype: torch.dtype, **options: Any) -> None:
+EARLY = 5
+
+
+def _hundred_steps(model: str, guide: str, dtype: torch.dtype, mode: str = "graph") -> None:
+    """Every step within the tolerance, or ten times what the program itself makes of rounding.
+
+    Some programs blow up one unit in the last place of their start over a hundred steps, by the
+    end to any size: no two ways of computing them agree there, so what is allowed grows with what
+    the eager program shows. Early steps have no such excuse.
+    """
     build, args = pair(model, guide, dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    options = {"objective": RefinementELBO(), "sensitive": True, **options}
-    check_equal(build, args, steps=100, tolerance=tolerance, **options)
+    options: dict[str, Any] = {"steps": 100, "objective": RefinementELBO()}
+    losses, learned, _ = train(SVI, build, args, **options)
+    moved, nudged_to, _ = train(SVI, lambda: nudged(build), args, **options)
+    found, compiled, svi = train(CompiledSVI, build, args, mode=mode, **options)
+    assert [kind.mode for kind in svi.compiled] == [mode], svi.compiled
+    size = max(1.0, max(map(abs, losses)))
+    allowed = tolerance
+    for step, (ours, theirs, other) in enumerate(zip(found, losses, moved, strict=True)):
+        allowed = max(allowed, 10 * abs(other - theirs) / size)
+        if step < EARLY:
+            assert allowed <= 1e3 * tolerance, f"step {step} is too sensitive to be compared"
+        assert abs(ours - theirs) <= allowed * size, f"step {step} of {mode}"
+    assert compiled.keys() == learned.keys()
+    for name, value in learned.items():
+        spread = float((nudged_to[name] - value).abs().max())
+        limit = max(tolerance, 10 * spread)
+        torch.testing.assert_close(compiled[name], value, atol=limit, rtol=tolerance)
 
 
 @pytest.mark.slow
@@ -90,8 +117,8 @@ def test_hundred_steps_of_every_model_are_those_of_the_program(model: str, guide
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "guide"), ELIGIBLE)
-def test_hundred_steps_of_every_pair_agree_in_single_precision(model: str, guide: str) -> None:
+@pytest.mark.parametrize(("model", "guide"), SINGLE)
+def test_hundred_steps_agree_in_single_precision(model: str, guide: str) -> None:
     """Float32 to 1e-5, or ten times what one unit in the last place of the start does."""
     _hundred_steps(model, guide, torch.float32)
 

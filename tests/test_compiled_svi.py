@@ -83,7 +83,7 @@ def check_equal(
         moved = train(SVI, lambda: nudged(build), call, **options)[0]
         error = max(abs(a - b) for a, b in zip(moved, losses, strict=True))
         tolerance = max(tolerance, 10 * error / max(1.0, max(map(abs, losses))))
-        assert tolerance < (1e-6 if learned["0"].dtype == torch.float64 else 1e-2)
+        assert tolerance < 1e-6
     found, compiled, svi = train(CompiledSVI, build, call, mode=mode, **options)
     assert [kind.mode for kind in svi.compiled] == [mode], svi.compiled
     size = max(1.0, max(map(abs, losses)))
