@@ -203,6 +203,7 @@ def studies() -> str:
         ("mnist_gaps", _gaps),
         ("mnist_little_data", _little),
         ("sbibm", _sbibm),
+        ("pc_chains", _chains),
         ("speed", _speed),
     ):
         file = RECORDS.parent / name / "study.jsonl"
@@ -244,6 +245,30 @@ def _gaps(found: Found) -> str:
     rows[-1] += [_paired(evidence, encoder), ""]
     header = ["q", "ELBO, nats an image", "To the encoder", "Draw-gradients an image"]
     return table(header, rows, "lrrr")
+
+
+def _chains(found: Found) -> str:
+    names = {
+        "gradient, centered": "gradient descent in the latents, 1 / lambda_max",
+        "conjugate_gradient": "conjugate gradients, standardized",
+        "auto": '`solver="auto"`',
+    }
+    depths = sorted({key[2] for key in found})
+    rows = []
+    for outputs in sorted({key[1] for key in found}):
+        for solver, name in names.items():
+            medians = [
+                statistics.median(
+                    values["products"]
+                    for key, values in found.items()
+                    if key[:3] == (solver, outputs, depth)
+                )
+                for depth in depths
+            ]
+            rows.append([name, str(outputs), *(f"{int(m):,}" for m in medians)])
+    return table(
+        ["Solver", "Outputs", *(f"Depth {d}" for d in depths)], rows, "lr" + "r" * len(depths)
+    )
 
 
 def _little(found: Found) -> str:

@@ -14,6 +14,7 @@ import torch
 from benchmarks.studies.mnist_decoder import DECODER, load_decoder
 from benchmarks.studies.mnist_gaps import RECORDS as GAPS
 from benchmarks.studies.mnist_little_data import RECORDS as LITTLE
+from benchmarks.studies.pc_chains import RECORDS as CHAINS
 
 Rows = list[float]
 
@@ -109,3 +110,20 @@ def test_the_committed_decoder_is_that_of_the_study() -> None:
         pixels = model.decode(torch.zeros(1, 50)).mean
     assert pixels.shape == (1, 784)
     assert 0.05 < float(pixels.mean()) < 0.3, "an image of ink on paper"
+
+
+@pytest.mark.parametrize("outputs", [4, 16])
+def test_a_relaxation_of_a_chain_costs_fifteen_products_at_any_depth(outputs: int) -> None:
+    found = results(CHAINS)
+
+    def medians(solver: str) -> list[float]:
+        return [
+            statistics.median(found[solver, outputs, depth, seed]["products"] for seed in range(3))
+            for depth in (2, 5, 10, 20)
+        ]
+
+    assert max(medians("auto")) <= 15
+    steps = medians("gradient, centered")
+    assert all(mine < theirs for mine, theirs in zip(medians("auto"), steps, strict=True))
+    if outputs == 4:
+        assert steps == [118, 1095, 4780, 14223]

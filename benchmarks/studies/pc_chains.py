@@ -37,7 +37,6 @@ WIDTH = 16
 SOLVERS: dict[str, dict[str, Any]] = {
     "auto": {"solver": "auto"},
     "conjugate_gradient": {"solver": "conjugate_gradient", "parameterization": "noncentered"},
-    "conjugate_gradient, centered": {"solver": "conjugate_gradient"},
 }
 
 
