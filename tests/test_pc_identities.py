@@ -23,7 +23,7 @@ from torch import Tensor
 
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding
-from guides.inference.laplace_guide import hessian
+from guides.inference.curvature import hessian
 from guides.inference.relaxation import Relaxed, relax
 from guides.inference.solvers import SOLVERS
 from guides.inference.units import energy_function
