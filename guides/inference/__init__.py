@@ -30,6 +30,7 @@ _EXPORTS = {
     "LangevinPredictiveCoding": "guides.inference.langevin_predictive_coding",
     "Laplace": "guides.inference.laplace_guide",
     "LaplaceCorrected": "guides.inference.laplace_corrected",
+    "LearnedPrecision": "guides.inference.precision",
     "PredictiveCoding": "guides.inference.predictive_coding",
     "Run": "guides.inference.running",
     "SVI": "guides.inference.svi",

@@ -40,6 +40,7 @@ from guides.inference.given import Given
 from guides.inference.laplace_guide import Laplace, laplace
 from guides.inference.newton import newton
 from guides.inference.regime import Regime, measure, warn_regime
+from guides.inference.precision import CollapseGuard
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
 from guides.inference.row_memory import RowMemory
 from guides.inference.running import Run, Stop, run
@@ -190,6 +191,7 @@ class PredictiveCoding(CapturedStep):
         self._chosen: Choice | None = None
         self._memory = RowMemory()
         self._regime: Regime | None = None
+        self._guard = CollapseGuard()
         self._set_mode(mode)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -241,7 +243,9 @@ class PredictiveCoding(CapturedStep):
         A fresh run of the program: the last gradient of the relaxation is that of the state
         before its last update.
         """
-        rows, other = log_joint.run(values, expose_params=True).total()
+        terms = log_joint.run(values, expose_params=True)
+        self._guard.check(terms)
+        rows, other = terms.total()
         return -log_joint.total(rows, other)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -293,6 +297,7 @@ class PredictiveCoding(CapturedStep):
         loop.model, loop.guide = program, None
         loop._globals, loop._curvature, loop._steps = None, None, 0
         loop._checked, loop._kinds, loop._cost = set(), {}, {}
+        loop._guard = CollapseGuard()
         loop.gradient_evaluations, loop.frozen = 0, []
         if hasattr(loop, "_chosen"):
             loop._chosen = None
