@@ -39,8 +39,8 @@ from guides.inference.checks import capture, check_ownership, warn_frozen
 from guides.inference.given import Given
 from guides.inference.laplace_guide import Laplace, laplace
 from guides.inference.newton import newton
-from guides.inference.regime import Regime, measure, warn_regime
 from guides.inference.precision import CollapseGuard
+from guides.inference.regime import Regime, measure, warn_regime
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
 from guides.inference.row_memory import RowMemory
 from guides.inference.running import Run, Stop, run
