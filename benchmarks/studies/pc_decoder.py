@@ -1,5 +1,4 @@
-"""MNIST decoder by predictive coding: how well a top latent that was relaxed for 20 updates tells
-the image, and what the same decoder is worth as a probabilistic model.
+"""MNIST decoder by predictive coding: what the relaxed top latent tells of a test image.
 
     python -m benchmarks.studies.pc_decoder
 
@@ -30,6 +29,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,13 +41,14 @@ from torch import Tensor, nn
 
 from benchmarks.study import StudyLog
 from guides.energy import LogJoint
-from guides.inference import PredictiveCoding
-from guides.inference.relaxation import curvature, energy_function
+from guides.inference import IncrementalPredictiveCoding, PredictiveCoding
+from guides.inference.relaxation import curvature
+from guides.inference.units import energy_function
 from guides.layout import layout
 from zoo.data import mnist
 from zoo.model import Model
 
-__all__ = ["METHODS", "Decoder", "main", "reconstruction_error", "regime", "run", "train"]
+__all__ = ["METHODS", "Decoder", "main", "reconstruction_error", "run", "train"]
 
 RECORDS = Path(__file__).parents[1] / "records" / "pc_decoder" / "study.jsonl"
 SIZES = (64, 128, 128, 784)
@@ -133,20 +134,22 @@ class Decoder(Model):
     def __init__(self, sizes: tuple[int, ...] = SIZES, data_mean: Tensor | None = None) -> None:
         super().__init__()
         self.sizes = sizes
-        self.layers = nn.ModuleList(
-            nn.Linear(inputs, outputs)
-            for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
-        )
-        for layer in self.layers:
+        layers = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)]
+        for layer in layers:
             nn.init.orthogonal_(layer.weight)
             nn.init.zeros_(layer.bias)
         if data_mean is not None:
             with torch.no_grad():
-                self.layers[-1].bias.copy_(data_mean)
+                layers[-1].bias.copy_(data_mean)
+        self.layers = nn.ModuleList(layers)
+
+    def linear_maps(self) -> list[nn.Linear]:
+        """The layers, from the top latent to the image."""
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def forward(self, x: Tensor) -> None:
         """The generative process of a batch ``(B, 784)``."""
-        *hidden, last = self.layers
+        *hidden, last = self.linear_maps()
         with pyro.plate("data", len(x)):
             flat = dist.ImproperUniform(dist.constraints.real, (), (self.sizes[0],))
             z = pyro.sample("z0", flat)
@@ -164,7 +167,7 @@ class Decoder(Model):
 
     def decode(self, z0: Tensor) -> Tensor:
         """The image that the top latent predicts."""
-        *hidden, last = self.layers
+        *hidden, last = self.linear_maps()
         for layer in hidden:
             z0 = F.hardtanh(layer(z0))
         image: Tensor = last(z0)
@@ -183,8 +186,22 @@ def predictive_coding(model: Decoder, optim: Any, mode: str) -> PredictiveCoding
     )
 
 
+def incremental(model: Decoder, optim: Any, mode: str) -> IncrementalPredictiveCoding:
+    """The weights move at every update of the latents."""
+    return IncrementalPredictiveCoding(
+        model,
+        optim,
+        guide=model.start,
+        num_steps=NUM_STEPS,
+        step_size=0.171,
+        momentum=0.05,
+        mode=mode,
+    )
+
+
 METHODS: dict[str, tuple[Callable[[Decoder, Any, str], Any], dict[str, float]]] = {
     "predictive coding": (predictive_coding, {"lr": 3e-3, "weight_decay": 1.25e-5}),
+    "incremental": (incremental, {"lr": 1e-4, "weight_decay": 1e-3}),
 }
 
 
@@ -194,7 +211,7 @@ def train(
     x: Tensor,
     *,
     epochs: int = EPOCHS,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     mode: str = "auto",
     sizes: tuple[int, ...] = SIZES,
 ) -> tuple[Decoder, Any]:
@@ -205,13 +222,14 @@ def train(
         seed: Seed of the weights and of the order of the rows.
         x: Training rows ``(N, 784)``.
         epochs: Passes over the rows; the learning rate falls to zero over them.
-        batch_size: Rows of a batch; the last of an epoch may be smaller.
+        batch_size: Rows of a batch, by default 200; the last of an epoch may be smaller.
         mode: How a step runs, see :class:`guides.inference.PredictiveCoding`.
         sizes: Dimensions of the levels and of a row.
 
     Returns:
         The decoder and the loop that trained it.
     """
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
     pyro.set_rng_seed(seed)
     model = Decoder(sizes, x.mean(0))
     build, optim_args = METHODS[method]
@@ -255,8 +273,17 @@ def run(
     seeds: Sequence[int] = (0, 1, 2),
     epochs: int = EPOCHS,
     mode: str = "auto",
+    sizes: tuple[int, ...] = SIZES,
 ) -> None:
-    """Run what is missing."""
+    """Run what is missing.
+
+    Args:
+        records: The file of the log.
+        seeds: The seeds.
+        epochs: Passes over the training images.
+        mode: How a step runs, see :class:`guides.inference.PredictiveCoding`.
+        sizes: Dimensions of the levels and of a row.
+    """
     data = mnist.load()
     with StudyLog(records, **ABOUT, modules=["benchmarks.studies.pc_decoder"]) as log:
         for seed in seeds:
@@ -266,7 +293,9 @@ def run(
                     continue
                 with pyro.get_param_store().scope():
                     begun, cpu = time.perf_counter(), time.process_time()
-                    _, loop = train(method, seed, data.train, epochs=epochs, mode=mode)
+                    _, loop = train(
+                        method, seed, data.train, epochs=epochs, mode=mode, sizes=sizes
+                    )
                     values = {
                         "seconds": round(time.perf_counter() - begun, 1),
                         "cpu_seconds": round(time.process_time() - cpu, 1),
