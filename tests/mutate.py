@@ -139,16 +139,16 @@ FAULTS = [
     ),
     Fault(
         "the step goes up the energy",
-        "guides/inference/relaxation.py",
-        "v - step[k] * grads[k]",
-        "v + step[k] * grads[k]",
+        "guides/inference/solvers/gradient.py",
+        "return -weights * point.gradient, {}",
+        "return weights * point.gradient, {}",
         EXACT,
     ),
     Fault(
         "the local step keeps N/B",
-        "guides/inference/relaxation.py",
-        "g / scale if g.dim() == 2 else g",
-        "g",
+        "guides/inference/units.py",
+        "return Point(x, gradient / self.scale, rows, rows, other)",
+        "return Point(x, gradient, rows, rows, other)",
         ENERGY,
     ),
     Fault(
@@ -160,9 +160,9 @@ FAULTS = [
     ),
     Fault(
         "rising energies are accepted",
-        "guides/inference/relaxation.py",
-        "accepted = (after <= before + slack) & torch.isfinite(after)",
-        "accepted = torch.ones_like(after, dtype=torch.bool)",
+        "guides/inference/solvers/solver.py",
+        "return ((change < -slack) | ((change <= slack) & calmer)) & new.finite()",
+        "return torch.ones_like(calmer)",
         CODING,
     ),
     Fault(

@@ -35,7 +35,8 @@ class TruncatedNewton(Solver):
     gradient: on a quadratic this is the linear method of conjugate gradients.
 
     Args:
-        products: Products before the first look; twice as many before each later one.
+        products: Products before the first look; twice as many before each later one while the
+            model is right at most units, half as many (but two) where it was not.
         most: Products at most between two looks.
         forcing: A unit waits for the next look when its residual is this small against what it
             was at the last one.
@@ -129,7 +130,10 @@ class TruncatedNewton(Solver):
         kept = (state["d"] + m * foretold) * beta.unsqueeze(-1) - m * g
         right = right & (dot(kept, g) < 0)
         direction = torch.where(right.unsqueeze(-1), kept, -m * g)
-        self._planned = min(2 * self._planned, self.most)
+        # A model that was wrong at most units is walked less far the next time.
+        trusted = is_capturing() or 2 * int(right.sum()) >= len(right)
+        longer = min(2 * self._planned, self.most)
+        self._planned = longer if trusted else max(2, self._planned // 2)
         self._left = self._planned
         return new, {
             "p": torch.zeros_like(p),
