@@ -100,15 +100,25 @@ class SiteTerms(Messenger):
         if not self.density:
             return
         plate = self.layout.data_plate
-        frames = [frame.name for frame in site["cond_indep_stack"] if frame.vectorized]
-        in_plate = plate is not None and plate.name in frames
         scale = site["scale"]
-        if in_plate and plate.size != plate.num_rows:
+        if self.in_data_plate(site) and plate.size != plate.num_rows:
             scale = scale / plate.scale
-        term = scale_and_mask(self.density_of(site), scale, site["mask"])
-        self.terms[name] = (
-            _sum_to_rows(term, plate.dim, plate.num_rows) if in_plate else term.sum()
+        self.terms[name] = self.reduce(
+            scale_and_mask(self.density_of(site), scale, site["mask"]), site
         )
+
+    def in_data_plate(self, site: Mapping[str, Any]) -> bool:
+        """Whether a site is inside the data plate."""
+        plate = self.layout.data_plate
+        frames = [frame.name for frame in site["cond_indep_stack"] if frame.vectorized]
+        return plate is not None and plate.name in frames
+
+    def reduce(self, term: Tensor, site: Mapping[str, Any]) -> Tensor:
+        """Sum a term at a site's batch shape to ``(B,)``, outside the data plate to a scalar."""
+        plate = self.layout.data_plate
+        if not self.in_data_plate(site):
+            return term.sum()
+        return _sum_to_rows(term, plate.dim, plate.num_rows)
 
     def density_of(self, site: Mapping[str, Any]) -> Tensor:
         """The term of a site at its batch shape, before scales and masks: its log density."""

@@ -242,6 +242,44 @@ class ProgramGuide(PyroModule):
                 )
         return draws, log_q, read
 
+    def packed_density(
+        self,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        indices: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Callable[[Mapping[str, Tensor]], dict[str, Tensor]], Layout]:
+        """The density of q in packed, unconstrained space, as a function of any point.
+
+        Args:
+            args: Positional arguments of the model.
+            kwargs: Keyword arguments of the model.
+            indices: Row numbers for a plate that the program subsamples at random.
+
+        Returns:
+            A function from one point ``{group: (B, K) or (K,)}`` to log densities by group,
+            ``(B,)`` or ``()``, free of random draws, and the layout of the call. Families that
+            cannot score points they did not draw raise ``NotImplementedError`` when it is called.
+        """
+        kwargs = {} if kwargs is None else kwargs
+        read = self._layout(args, kwargs, indices)
+        call = self._call(args, kwargs, read)
+        with self._pyro_context:
+            # The first group has nothing upstream: an encoder or a refinement runs once.
+            first = self.group_distribution(read.groups[0], call, {})
+
+        def density(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            log_q: dict[str, Tensor] = {}
+            upstream: dict[str, Tensor] = {}
+            for group in read.groups:
+                with self._pyro_context:
+                    q = self.group_distribution(group, call, upstream) if upstream else first
+                value = group.batch(packed[group.name])
+                log_q[group.name] = q.log_prob(value).reshape(group.shape[:-1])
+                upstream[group.name] = value
+            return log_q
+
+        return density, read
+
     def locations(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The location of q, mapped to the supports: constrained values by site.
 

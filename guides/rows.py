@@ -25,7 +25,7 @@ from guides.layout import Layout
 from guides.layout import layout as read_layout
 from guides.probe import Program
 
-__all__ = ["bind", "data_args_of", "minibatches", "take_rows"]
+__all__ = ["bind", "can_take_index", "data_args_of", "minibatches", "take_rows"]
 
 
 def bind(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def take_rows(
     names += [str(i) for i in range(len(names), len(args))]
     new_args = [sliced(name, value) for name, value in zip(names, args, strict=True)]
     new_kwargs = {name: sliced(name, value) for name, value in kwargs.items()}
-    if plate is not None and {"size", "index"} <= {p.name for p in parameters}:
+    if plate is not None and can_take_index(model):
         number = rows if plate.index is None else plate.index.to(rows.device)[rows]
         for name, value in (("size", plate.size), ("index", number)):
             if name in names:
@@ -167,6 +167,11 @@ def take_rows(
             else:
                 new_kwargs[name] = value
     return tuple(new_args), new_kwargs
+
+
+def can_take_index(model: Program) -> bool:
+    """Whether a program can be told its rows: it takes ``size`` and ``index``."""
+    return {"size", "index"} <= {parameter.name for parameter in _parameters(model)}
 
 
 def _parameters(model: Program) -> list[inspect.Parameter]:
@@ -208,7 +213,7 @@ def minibatches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     layout = read_layout(model, args, kwargs) if layout is None else layout
-    if not {"size", "index"} <= {p.name for p in _parameters(model)}:
+    if not can_take_index(model):
         raise ValueError(
             "Minibatches need a program that can be told its rows: give it the keyword arguments "
             "size=None and index=None and use them in its data plate, "

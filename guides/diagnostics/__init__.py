@@ -6,9 +6,11 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "AnnealedScore": "guides.diagnostics.annealed",
     "Khat": "guides.diagnostics.scores",
     "LogWeights": "guides.diagnostics.scores",
     "Score": "guides.diagnostics.scores",
+    "annealed_importance_sampling": "guides.diagnostics.annealed",
     "elbo": "guides.diagnostics.scores",
     "log_evidence": "guides.diagnostics.scores",
     "log_weights": "guides.diagnostics.scores",

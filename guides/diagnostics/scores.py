@@ -65,6 +65,8 @@ class Score:
         joint: Whether one weight covers all rows.
         num_samples: Number of draws S.
         estimator: Name of the estimator, with its number of draws.
+        effective_sample_size: ``(sum w)^2 / sum w^2`` of the weights, ``(B,)`` or a scalar; None
+            for a score that weights no draws.
     """
 
     rows: Tensor | None
@@ -74,6 +76,7 @@ class Score:
     joint: bool
     num_samples: int
     estimator: str
+    effective_sample_size: Tensor | None = None
 
     def __repr__(self) -> str:
         """The total with its error; the rows are too many to print."""
@@ -242,8 +245,8 @@ def log_evidence(
     first = torch.logsumexp(torch.stack([part[0] for part in parts]), 0)
     second = torch.logsumexp(torch.stack([part[1] for part in parts]), 0)
     estimate = first - math.log(num_samples)
-    relative = torch.exp(second - 2 * first) - 1 / num_samples
-    error = relative.clamp_min(0).sqrt()
+    inverse = torch.exp(second - 2 * first)  # of the effective sample size
+    error = (inverse - 1 / num_samples).clamp_min(0).sqrt()
     return Score(
         rows=None if joint else estimate,
         rows_error=None if joint else error,
@@ -252,6 +255,7 @@ def log_evidence(
         joint=joint,
         num_samples=num_samples,
         estimator=f"{'joint ' if joint else ''}importance-weighted evidence, K={num_samples}",
+        effective_sample_size=1 / inverse,
     )
 
 
