@@ -204,6 +204,8 @@ def studies() -> str:
         ("mnist_little_data", _little),
         ("sbibm", _sbibm),
         ("pc_chains", _chains),
+        ("pc_decoder", _decoder),
+        ("pc_classifier", _classifier),
         ("speed", _speed),
     ):
         file = RECORDS.parent / name / "study.jsonl"
@@ -216,6 +218,8 @@ def studies() -> str:
             for line in lines
             if line["kind"] == "result"
         }
+        if not found:
+            continue
         parts.append(f"**{about['title']}.** {about['question']}\n\n{rows(found)}")
         parts.append(f"{about['protocol']} Made by `{about['command']}`.")
     return "\n\n".join(parts)
@@ -298,6 +302,46 @@ def _sbibm(found: Found) -> str:
         rows.append([*cells, f"{found[task, 'forward', 0]['npe']:.3f} (0.10 M)"])
     header = ["Task", "C2ST, forward KL (simulations)", "Reverse KL", "NPE, published"]
     return table(header, rows, "lrrr")
+
+
+def _decoder(found: Found) -> str:
+    """Errors of the decoder's predictions by method, and its evidence under a prior."""
+    published = {"predictive coding": "9.24e-3", "incremental": "9.09e-3"}
+    rows = []
+    for method in dict.fromkeys(method for method, _ in found):
+        runs = [values for (name, _), values in found.items() if name == method]
+        if "mse" in runs[0]:
+            errors = [run["mse"] * 1e3 for run in runs]
+            each = ", ".join(f"{error:.3f}" for error in errors)
+            mean = f"{statistics.mean(errors):.3f}e-3"
+            minutes = f"{max(run['cpu_seconds'] for run in runs) / 60:.1f}"
+            rows.append([method, mean, each, published[method], minutes])
+            continue
+        scores = [score for run in runs for score in run["log_evidence"]]
+        rows.append([method, f"{statistics.mean(scores):.1f} nats", "", "", ""])
+    header = ["Learned by", "Squared error a pixel, or evidence", "Seeds, 1e-3", "Published"]
+    return table([*header, "Minutes of one core"], rows, "lrrrr")
+
+
+def _classifier(found: Found) -> str:
+    """Accuracy beside backpropagation's, and the regime."""
+    rows = []
+    for method in dict.fromkeys(method for method, _ in found):
+        runs = {seed: values for (name, seed), values in found.items() if name == method}
+        accuracies = [run["accuracy"] for run in runs.values()]
+        gaps = [
+            run["accuracy"] - found["backpropagation", seed]["accuracy"]
+            for seed, run in runs.items()
+            if ("backpropagation", seed) in found
+        ]
+        cells = [f"{statistics.mean(accuracies):.2f}", ", ".join(f"{a:.2f}" for a in accuracies)]
+        cells.append("" if method == "backpropagation" else f"{statistics.mean(gaps):+.2f}")
+        for name in ("step_times_curvature", "fraction_relaxed"):
+            values = [run[name] for run in runs.values() if name in run]
+            cells.append(f"{statistics.mean(values):.2f}" if values else "")
+        rows.append([method, *cells])
+    header = ["Learned by", "Accuracy, %", "Seeds", "To backpropagation", "Step x lambda_max"]
+    return table([*header, "Fraction relaxed"], rows, "lrrrrr")
 
 
 _PEERS = {
