@@ -10,7 +10,7 @@ from torch.distributions import biject_to, constraints
 
 from guides.capturing import is_capturing
 
-__all__ = ["check_data", "check_support", "feasible", "is_real", "support_numbers", "unwrap"]
+__all__ = ["check_data", "check_support", "feasible", "is_masked", "is_real", "support_numbers", "unwrap"]
 
 
 def unwrap(fn: Any) -> Any:
@@ -19,6 +19,16 @@ def unwrap(fn: Any) -> Any:
     while type(fn).__name__ in wrappers:
         fn = fn.base_dist
     return fn
+
+
+def is_masked(fn: Any) -> bool:
+    """Whether there is a ``mask`` among the wrappers that :func:`unwrap` takes off."""
+    base = unwrap(fn)
+    while fn is not base:
+        if type(fn).__name__ == "MaskedDistribution":
+            return True
+        fn = fn.base_dist
+    return False
 
 
 def check_support(name: str, fn: Any) -> None:

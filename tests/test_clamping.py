@@ -231,6 +231,49 @@ def test_misuse_is_refused_with_the_fix() -> None:
         loop(counts).given(gain={"x": torch.ones(2, 3)}).infer(x)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (4, 2, 2)])
+def test_a_gain_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"must broadcast with its value, of shape \(2, 2\), got"):
+        loop(model).given(gain={"x": torch.ones(shape)}).infer(torch.zeros(2, 2))
+
+
+def test_a_mask_inside_a_distribution_is_not_lost() -> None:
+    def model(x: Tensor) -> None:
+        on = torch.tensor([True, False])
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(on), obs=x)
+
+    x = torch.tensor([2.0, 3.0])
+    with pytest.raises(ValueError, match=r"mask that would be lost.*pyro\.poutine\.mask"):
+        loop(model).given(gain={"x": 3.0}).infer(x)
+    with pytest.raises(ValueError, match="missing entries and a mask"):
+        loop(model).given(missing=["x"]).infer(torch.tensor([2.0, NAN]))
+
+
+def test_a_given_loop_leaves_the_memory_of_its_origin() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.tensor([2.0, 4.0])
+    start = {"num_steps": 1, "solver": "gradient", "tolerance": 0.0, "warm_start": "last"}
+    pc, alone = loop(model, **start), loop(model, **start)
+    pc.step(x), alone.step(x)
+    other = pc.given(gain={"x": 100.0})
+    assert other.num_products == other.gradient_evaluations == 0
+    # A new loop knows no row: it starts where one that was never stepped does.
+    fresh = loop(model, **start).given(gain={"x": 100.0})
+    assert other.step(x) == fresh.step(x)
+    assert pc.step(x) == alone.step(x)
+
+
 def test_a_guide_that_lacks_a_site_is_refused_by_name() -> None:
     def guide(y, x) -> None:
         with pyro.plate("data", len(x)):

@@ -101,6 +101,22 @@ def test_learned_precision_without_a_floor_is_refused() -> None:
         LearnedPrecision(counts, {"x": "full"}, floor=0.1)(torch.zeros(2))
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_masked_site_has_no_covariance_to_learn(inside: bool) -> None:
+    """Its mask would be lost, or what it leaves out would count."""
+    on = torch.tensor([True, False])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            fn = dist.Normal(z, 1.0)
+            with pyro.poutine.mask(mask=True if inside else on):
+                pyro.sample("x", fn.mask(on) if inside else fn, obs=x)
+
+    with pytest.raises(NotImplementedError, match=r"Site 'x' is masked.*take the site out"):
+        LearnedPrecision(model, {"x": "diagonal"}, floor=0.1)(torch.tensor([2.0, 100.0]))
+
+
 def collapsing(x: Tensor) -> None:
     scale = pyro.param("spread", lambda: torch.tensor(0.5), constraint=constraints.positive)
     with pyro.plate("data", len(x)):

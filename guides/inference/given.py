@@ -35,7 +35,7 @@ from torch.distributions import biject_to, constraints
 
 from guides import location_scale
 from guides.probe import Program
-from guides.supports import is_real, unwrap
+from guides.supports import is_masked, is_real, unwrap
 
 __all__ = ["Given"]
 
@@ -157,11 +157,7 @@ def _weigh(msg: dict[str, Any], gain: Tensor | float) -> None:
     fn = msg["fn"]
     if not location_scale.is_location_scale(fn):
         factor = torch.as_tensor(gain)
-        try:
-            wide = torch.broadcast_shapes(factor.shape, fn.batch_shape) != fn.batch_shape
-        except RuntimeError:
-            wide = True
-        if wide:
+        if not _broadcasts(factor, fn.batch_shape):
             raise ValueError(
                 f"gain of site {msg['name']!r} ({type(unwrap(fn)).__name__}) must have one factor "
                 f"an event, of shape {tuple(fn.batch_shape)}, got {tuple(factor.shape)}. Gains of "
@@ -169,9 +165,20 @@ def _weigh(msg: dict[str, Any], gain: Tensor | float) -> None:
             )
         msg["scale"] = msg["scale"] * gain
         return
+    if is_masked(fn):
+        raise ValueError(
+            f"Site {msg['name']!r} has a gain, and its distribution a mask that would be lost. "
+            "Mask the site itself, with pyro.poutine.mask around it."
+        )
     base = unwrap(fn)
     root = torch.as_tensor(gain, dtype=base.loc.dtype).rsqrt()
     shape = fn.batch_shape + fn.event_shape
+    if not _broadcasts(root, shape):
+        raise ValueError(
+            f"gain of site {msg['name']!r} must broadcast with its value, of shape "
+            f"{tuple(shape)}, got {tuple(root.shape)}. Gains of rows need trailing dimensions "
+            "of one for the entries of an event."
+        )
     if type(base).__name__ == "MultivariateNormal":
         tril = root.unsqueeze(-1) * base.scale_tril if root.dim() else root * base.scale_tril
         weighted: Any = dist.MultivariateNormal(base.loc.expand(shape), scale_tril=tril)
@@ -184,13 +191,21 @@ def _weigh(msg: dict[str, Any], gain: Tensor | float) -> None:
     msg["fn"] = weighted.expand(fn.batch_shape)
 
 
+def _broadcasts(factor: Tensor, shape: torch.Size) -> bool:
+    """Whether a tensor broadcasts to a shape without widening it."""
+    try:
+        return torch.broadcast_shapes(factor.shape, shape) == shape
+    except RuntimeError:
+        return False
+
+
 def _fill(msg: dict[str, Any]) -> None:
     """Replace NaN entries of a site's data by latents, or leave them out."""
     name, fn, value = msg["name"], msg["fn"], msg["value"]
     absent = torch.isnan(value)
     if not bool(absent.any()):
         return
-    if isinstance(msg["mask"], Tensor):
+    if isinstance(msg["mask"], Tensor) or is_masked(fn):
         raise ValueError(
             f"Site {name!r} has missing entries and a mask. Make the entries that the mask leaves "
             "out NaN, and take the mask away."

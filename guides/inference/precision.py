@@ -33,7 +33,7 @@ from guides import location_scale
 from guides.capturing import is_capturing
 from guides.energy import LogJoint, SiteTerms
 from guides.probe import Program
-from guides.supports import unwrap
+from guides.supports import is_masked, unwrap
 
 if TYPE_CHECKING:
     from guides.inference.predictive_coding import PredictiveCoding
@@ -50,7 +50,7 @@ class LearnedPrecision:
     Args:
         model: Any Pyro program.
         sites: ``"diagonal"`` or ``"full"`` by name of a Normal or MultivariateNormal site with at
-            most one event dimension.
+            most one event dimension, and without a mask.
         floor: Smallest variance, and smallest eigenvalue of a full covariance.
         rate: Weight of the newest batch; one takes its errors alone.
 
@@ -183,6 +183,12 @@ class _Covariances(Messenger):
                 f"Site {name!r} ({type(base).__name__}, {fn.event_dim} event dimensions) has no "
                 "covariance to learn: only Normal and MultivariateNormal sites with at most one "
                 "event dimension do."
+            )
+        if isinstance(msg["mask"], Tensor) or msg["mask"] is False or is_masked(fn):
+            raise NotImplementedError(
+                f"Site {name!r} is masked, and errors that its mask leaves out would count in the "
+                "covariance. Call the model with the rows that are there, or take the site out of "
+                "sites=."
             )
         size = fn.event_shape[0] if fn.event_dim else 1
         known = self.learned.covariance

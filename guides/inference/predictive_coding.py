@@ -297,10 +297,9 @@ class PredictiveCoding(CapturedStep):
         loop.model, loop.guide = program, None
         loop._globals, loop._curvature, loop._steps = None, None, 0
         loop._checked, loop._kinds, loop._cost = set(), {}, {}
-        loop._guard = CollapseGuard()
-        loop.gradient_evaluations, loop.frozen = 0, []
-        if hasattr(loop, "_chosen"):
-            loop._chosen = None
+        loop._guard, loop._memory = CollapseGuard(), RowMemory()
+        loop.gradient_evaluations, loop.num_products, loop.frozen = 0, 0, []
+        loop._chosen, loop._regime = None, None
         return loop
 
     def posterior(self, *args: Any, hessian: str = "exact", **kwargs: Any) -> Laplace:
