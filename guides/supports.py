@@ -10,7 +10,15 @@ from torch.distributions import biject_to, constraints
 
 from guides.capturing import is_capturing
 
-__all__ = ["check_data", "check_support", "feasible", "is_masked", "is_real", "support_numbers", "unwrap"]
+__all__ = [
+    "check_data",
+    "check_support",
+    "feasible",
+    "is_masked",
+    "is_real",
+    "support_numbers",
+    "unwrap",
+]
 
 
 def unwrap(fn: Any) -> Any:
