@@ -40,6 +40,7 @@ from torch.distributions import biject_to, kl_divergence
 from guides import location_scale
 from guides.capturing import is_capturing
 from guides.energy import LogJoint, SiteTerms
+from guides.supports import unwrap
 
 __all__ = ["gauss_newton"]
 
@@ -188,6 +189,8 @@ def _observed(fn: Any, value: Tensor, moved: Any) -> Surrogate:
             0.5 * (of_loc * (f.loc - loc).square() + of_scale * (f.scale / scale).log().square())
             + torch.zeros_like(v)
         )
+    if family == "TransformedDistribution":
+        return _transformed(fn, value)
     if family not in _LOGITS and family not in _MOVING_SUPPORT:
         try:
             kl_divergence(fn, fn)
@@ -199,6 +202,31 @@ def _observed(fn: Any, value: Tensor, moved: Any) -> Surrogate:
                 torch.broadcast_shapes(shape, f.batch_shape)
             )
     return _clipped(fn, value, moved, None) or (lambda f, v: -f.log_prob(v))
+
+
+def _transformed(fn: Any, value: Tensor) -> Surrogate:
+    """A value pushed back to its base: the squares of what is left there, where it is standard.
+
+    Torch's divergence asks for one and the same transforms, which follow the latents here.
+    """
+    if not location_scale.is_location_scale(fn.base_dist):
+        return lambda f, v: -f.log_prob(v)
+
+    def left(f: Any, v: Tensor) -> Tensor:
+        for transform in reversed(f.transforms):
+            v = transform.inv(v)
+        return location_scale.inverse(f.base_dist, v)
+
+    before = left(fn, value).detach()
+    information = _location_information(unwrap(fn.base_dist))
+
+    def square(f: Any, v: Tensor) -> Tensor:
+        term = 0.5 * information * (left(f, v) - before).square()
+        # Counted at the base: transforms may have reshaped the event.
+        count = f.base_dist.event_dim
+        return term.flatten(-count).sum(-1) if count else term
+
+    return square
 
 
 def _latent(fn: Any, value: Tensor, moved: Any, weight: Any) -> Surrogate:

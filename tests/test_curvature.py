@@ -382,3 +382,29 @@ def test_the_diagonal_posterior_is_the_best_mean_field_one() -> None:
 def test_an_unknown_hessian_is_refused() -> None:
     with pytest.raises(ValueError, match="hessian must be one of exact, gauss_newton, diagonal"):
         laplace(sparse, {"z": torch.zeros(1, 2)}, (torch.zeros(1, 2),), hessian="full")
+
+
+@pytest.mark.usefixtures("float64")
+def test_gauss_newton_of_a_pushed_gaussian_is_that_of_its_residuals() -> None:
+    """A value exp(y), y ~ Normal(f(z), s(z)): J'J of the standardized residual, by autodiff."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc, scale = z.tanh(), 0.5 + z.square()
+            base = dist.Normal(loc, scale).to_event(1)
+            moves = [dist.transforms.AffineTransform(z, 2.0), dist.transforms.ExpTransform()]
+            pyro.sample("x", dist.TransformedDistribution(base, moves), obs=x)
+
+    x, z = torch.rand(3, 2) + 0.5, torch.randn(3, 2)
+    joint = LogJoint(model, (x,))
+    found = hessian(joint, {"data": z}, kind="gauss_newton")["local"]
+    for row in range(3):
+
+        def residual(z: torch.Tensor, x: torch.Tensor = x[row]) -> torch.Tensor:
+            y = (x.log() - z) / 2.0
+            return (y - z.tanh()) / (0.5 + z.square())
+
+        jacobian = torch.func.jacrev(residual)(z[row])
+        expected = torch.eye(2) + jacobian.mT @ jacobian
+        assert (found[row] - expected).abs().max() < 1e-9
