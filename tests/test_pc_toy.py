@@ -50,6 +50,9 @@ def test_the_record_shows_divergence_and_the_landing_points(found: dict[str, Any
     mala = found["mala"]
     assert abs(mala["w"] - 2) < 4 * mala["w_error"] < 0.02
     assert math.isclose(landing(0.0), 2.0)
+    corrected = found["laplace corrected"]
+    assert corrected["w"] == pytest.approx(2, abs=1e-3)
+    assert corrected["mu"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_figure_is_that_of_the_record(found: dict[str, Any]) -> None:

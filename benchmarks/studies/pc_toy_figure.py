@@ -17,9 +17,9 @@ _STYLE = (
     ".c0{stroke:#c23b22}.c1{stroke:#1d66ad}.c2{stroke:#147a55}.c3{stroke:#8439a0}"
     ".c4{stroke:#a86400}.c5{stroke:#1c2126}"
     ".c0.f{fill:#c23b22}.c1.f{fill:#1d66ad}.c2.f{fill:#147a55}.c3.f{fill:#8439a0}"
-    ".c4.f{fill:#a86400}.c5.f{fill:#1c2126}</style>"
+    ".c4.f{fill:#a86400}.c5.f{fill:#1c2126}.c6{stroke:#0e7c86}.c6.f{fill:#0e7c86}</style>"
 )
-_SHAPES = ("circle", "diamond", "square", "triangle", "diamond", "circle")
+_SHAPES = ("circle", "diamond", "square", "triangle", "diamond", "circle", "square")
 
 
 def draw(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -78,9 +78,7 @@ def _left(found: Mapping[str, Mapping[str, Any]], horizontal: Axis, vertical: Ax
 
 
 def _right(found: Mapping[str, Mapping[str, Any]], horizontal: Axis, vertical: Axis) -> list[str]:
-    parts = _frame(
-        "w, samplers only; dashed: closed form", horizontal, vertical, [1.4, 1.6, 1.8, 2, 2.2]
-    )
+    parts = _frame("w, closer; dashed: closed form", horizontal, vertical, [1.4, 1.6, 1.8, 2, 2.2])
     for i, (name, values) in enumerate(found.items()):
         if "predicted_w" not in values:
             continue
@@ -92,6 +90,8 @@ def _right(found: Mapping[str, Mapping[str, Any]], horizontal: Axis, vertical: A
         parts.append(mark(horizontal.end, vertical(values["w"]), _SHAPES[i], f"c{i} f"))
         # Landing points lie close together: names keep a line's height between them.
         label = f"{name}: {values['w']:.3f}"
-        shift = {"mala": -5.0, "langevin, eta 0.01": 11.0}.get(name, 4.0)
+        shift = {"laplace corrected": -19.0, "mala": -4.0, "langevin, eta 0.01": 11.0}.get(
+            name, 4.0
+        )
         parts.append(text(horizontal.end + 10, y + shift, label, size=12))
     return parts
