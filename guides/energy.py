@@ -266,7 +266,9 @@ class LogJoint:
             Terms of the rows ``(B,)`` and a scalar, as in :meth:`rows`.
         """
         values, errors, log_dets = self.unpack(packed, noncentered)
-        rows, other = self.run(values, errors=errors, expose_params=expose_params).total()
+        # Left out where it is off: a log joint that exposes its parameters always does.
+        exposed = {"expose_params": True} if expose_params else {}
+        rows, other = self.run(values, errors=errors, **exposed).total()
         if jacobian:
             for name, log_det in log_dets.items():
                 if name in plain:

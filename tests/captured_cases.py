@@ -39,8 +39,13 @@ PAIRS = [
     if case.latents and (guide in CORE_GUIDES or model == TWO_LEVELS)
 ]
 
-INELIGIBLE: dict[tuple[str, str], str] = {}
-"""Pairs of the registries that run eagerly, with what ``CompiledSVI.compiled`` says; none yet."""
+INELIGIBLE: dict[tuple[str, str], str] = {
+    # Which parameters of the crescents move is read from values, which a graph cannot do.
+    ("two_moons", "laplace_normal"): (
+        "the captured graph does not agree with the program on fresh draws"
+    ),
+}
+"""Pairs of the registries that run eagerly, with what ``CompiledSVI.compiled`` says."""
 
 OBJECTIVE_CASES: dict[str, Callable[[], Any]] = {
     "Trace_ELBO": Trace_ELBO,

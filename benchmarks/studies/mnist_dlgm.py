@@ -48,7 +48,18 @@ from zoo.data import binarized_mnist
 from zoo.model import Model
 from zoo.rows import data_plate
 
-__all__ = ["DLGM", "METHODS", "evidence", "main", "run", "score", "summary", "train"]
+__all__ = [
+    "DLGM",
+    "METHODS",
+    "Method",
+    "evidence",
+    "main",
+    "run",
+    "score",
+    "summary",
+    "summary_of",
+    "train",
+]
 
 RECORDS = Path(__file__).parents[1] / "records" / "mnist_dlgm" / "study.jsonl"
 SIZES = (20, 128, 256, 784)

@@ -48,7 +48,19 @@ from guides.layout import layout
 from zoo.data import mnist
 from zoo.model import Model
 
-__all__ = ["METHODS", "Classifier", "accuracy", "main", "regime", "run", "train"]
+__all__ = [
+    "METHODS",
+    "Backpropagation",
+    "Classifier",
+    "accuracy",
+    "incremental",
+    "main",
+    "regime",
+    "relaxed_by",
+    "run",
+    "train",
+    "warmup_cosine",
+]
 
 RECORDS = Path(__file__).parents[1] / "records" / "pc_classifier" / "study.jsonl"
 SIZES = (784, 128, 128, 128, 10)

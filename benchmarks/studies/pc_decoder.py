@@ -50,7 +50,22 @@ from guides.layout import layout
 from zoo.data import binarized_mnist, mnist
 from zoo.model import Model
 
-__all__ = ["METHODS", "Decoder", "main", "reconstruction_error", "run", "train"]
+__all__ = [
+    "METHODS",
+    "BinaryDecoder",
+    "Decoder",
+    "LinearNormal",
+    "cosine",
+    "evidence",
+    "incremental",
+    "largest_curvature",
+    "main",
+    "predictive_coding",
+    "reconstruction_error",
+    "run",
+    "train",
+    "train_with_prior",
+]
 
 RECORDS = Path(__file__).parents[1] / "records" / "pc_decoder" / "study.jsonl"
 SIZES = (64, 128, 128, 784)

@@ -29,7 +29,20 @@ from torch import Tensor, nn
 from benchmarks.study import StudyLog
 from guides.inference import LangevinPredictiveCoding, LaplaceCorrected, PredictiveCoding
 
-__all__ = ["STEPS", "Toy", "data", "landing", "main", "point_curve", "run"]
+__all__ = [
+    "STEPS",
+    "Toy",
+    "corrected",
+    "data",
+    "landing",
+    "langevin",
+    "main",
+    "point",
+    "point_curve",
+    "run",
+    "settled",
+    "train",
+]
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "benchmarks" / "records" / "pc_toy" / "study.jsonl"

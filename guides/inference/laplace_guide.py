@@ -146,7 +146,8 @@ class Laplace(ProgramGuide):
             tril["global"] = _scale_tril(schur)
         for group in read.groups:
             self.register_buffer(f"loc_{group.name}", packed[group.name])
-            self.register_buffer(f"tril_{group.name}", tril[group.name])
+            # One layout in memory, that of a file: products of others round in another order.
+            self.register_buffer(f"tril_{group.name}", tril[group.name].contiguous())
 
     def covariance(self, group: str) -> Tensor:
         """Covariance of a group: ``(G, G)``, or ``(B, K, K)`` of the rows given the globals."""
