@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pyro
 import pytest
 import torch
 from pyro import poutine
 
 import zoo
+from guides.inference import PredictiveCoding
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -153,3 +155,16 @@ def test_unstable_unobserved_states_have_no_steady_state() -> None:
         model.emission.weight.zero_()
     with pytest.raises(ValueError, match="did not settle"):
         model.riccati(most=50)
+
+
+def test_relaxing_the_whole_window_is_the_smoother() -> None:
+    """T17: predictive coding on the program of the sequence, ragged lengths too."""
+    model, x = made(5, covariance="full")
+    lengths = torch.tensor([6, 1, 4, 2])
+    pc = PredictiveCoding(model, pyro.optim.Adam({"lr": 0.0}), num_steps=200, solver="auto")
+    for args in ((x,), (x, lengths)):
+        found = pc.infer(*args)
+        exact = model.smoother(*args).mean
+        for t in range(6):
+            on = slice(None) if len(args) == 1 else t < lengths
+            assert (found[f"z_{t + 1}"][on] - exact[on, t]).abs().max() < 1e-6
