@@ -1,7 +1,8 @@
-"""Inject one-line faults into the core, one at a time, and see the suite catch every one.
+"""Inject one-line faults, one at a time, and see the suite catch every one.
 
-    python tests/mutate.py            all faults, a few minutes
-    python tests/mutate.py jacobian   those whose name contains the word
+    python -m tests.mutate            all faults, a quarter of an hour on one core
+    python -m tests.mutate jacobian   those whose name or file contains the word
+    python -m tests.mutate --stale    only whether the code still has the lines, in a second
 
 Each fault is made in a copy of the repository and run against the tests named beside it. A fault
 that survives is a hole in the tests: the script prints it and exits with 1.
@@ -9,445 +10,89 @@ that survives is a hole in the tests: the script prints it and exits with 1.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+from tests.fault import Fault
+from tests.faults_coding import FAULTS as CODING
+from tests.faults_core import FAULTS as CORE
+from tests.faults_sampling import FAULTS as SAMPLING
+
 ROOT = Path(__file__).resolve().parent.parent
+FAULTS = [*CORE, *CODING, *SAMPLING]
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One line of one file, replaced."""
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-    tests: str
-
-
-ENERGY = "tests/test_energy.py"
-EXACT = "tests/test_exact.py"
-GRID = "tests/test_grid_elbo.py"
-CODING = "tests/test_predictive_coding.py"
-SCORES = "tests/test_scores.py"
-TRAPS = "tests/test_traps.py"
-ROWS = "tests/test_rows_and_layout.py"
-FAMILIES = "tests/test_families.py"
-FLOWS = "tests/test_flows.py"
-REFINEMENT = "tests/test_refinement.py"
-LEVELS = "tests/test_levels.py"
-COMPOSITE = "tests/test_composite.py"
-OBJECTIVES = "tests/test_objectives.py tests/test_objective_gradients.py"
-
-FAULTS = [
-    Fault(
-        "N/B stays in the rows",
-        "guides/energy.py",
-        "scale = scale / plate.scale",
-        "scale = scale * 1.0",
-        ENERGY,
-    ),
-    Fault(
-        "N/B is left out of the total",
-        "guides/energy.py",
-        "return self.layout.scale * rows.sum() + other",
-        "return rows.sum() + other",
-        ENERGY,
-    ),
-    Fault(
-        "the user's mask is ignored",
-        "guides/energy.py",
-        'scale, site["mask"])',
-        "scale, None)",
-        ENERGY,
-    ),
-    Fault(
-        "the Jacobian of the energy is dropped",
-        "guides/energy.py",
-        "        if jacobian:\n",
-        "        if False:\n",
-        ENERGY,
-    ),
-    Fault(
-        "the Jacobian of the energy has the wrong sign",
-        "guides/energy.py",
-        "rows = rows + log_det",
-        "rows = rows - log_det",
-        f"{ENERGY} {CODING}",
-    ),
-    Fault(
-        "the guide's density misses its Jacobian",
-        "guides/guide.py",
-        "density = -log_det",
-        "density = 0 * log_det",
-        GRID,
-    ),
-    Fault(
-        "the guide's density has its Jacobian upside down",
-        "guides/guide.py",
-        "density = -log_det",
-        "density = log_det",
-        GRID,
-    ),
-    Fault(
-        "draws miss the Jacobian of local sites",
-        "guides/draws.py",
-        "rows = rows - reduced",
-        "rows = rows",
-        GRID,
-    ),
-    Fault(
-        "a delta guide scores values with the Jacobian",
-        "guides/guide.py",
-        "self.jacobian = self.has_density if jacobian is None else jacobian",
-        "self.jacobian = True",
-        ENERGY,
-    ),
-    Fault(
-        "auxiliary and guide parameters share one name",
-        "guides/guide.py",
-        'return f"{cls.__name__.lower()}_{next(_COUNTER)}"',
-        'return f"{cls.__name__.lower()}"',
-        TRAPS,
-    ),
-    Fault(
-        "a copy keeps the name of the original",
-        "guides/guide.py",
-        'copied.__dict__["_pyro_name"] = _unique(type(self))',
-        'copied.__dict__["_pyro_name"] = self._pyro_name',
-        TRAPS,
-    ),
-    Fault(
-        "tables have the size of the minibatch",
-        "guides/schemes/local.py",
-        "init.expand(group.plate.size, -1)",
-        "init.expand(group.plate.num_rows, -1)",
-        TRAPS,
-    ),
-    Fault(
-        "tables ignore the index of their rows",
-        "guides/schemes/local.py",
-        "return self.table[index]",
-        "return self.table[: len(index)]",
-        TRAPS,
-    ),
-    Fault(
-        "the step goes up the energy",
-        "guides/inference/solvers/gradient.py",
-        "return -weights * point.gradient, {}",
-        "return weights * point.gradient, {}",
-        EXACT,
-    ),
-    Fault(
-        "the local step keeps N/B",
-        "guides/inference/units.py",
-        "return Point(x, gradient / self.scale, rows, rows, other)",
-        "return Point(x, gradient, rows, rows, other)",
-        ENERGY,
-    ),
-    Fault(
-        "the curvature is that of the scaled energy",
-        "guides/inference/relaxation.py",
-        "factor = scale if value.dim() == 2 else 1.0",
-        "factor = 1.0",
-        ENERGY,
-    ),
-    Fault(
-        "rising energies are accepted",
-        "guides/inference/solvers/solver.py",
-        "return ((change < -slack) | ((change <= slack) & calmer)) & new.finite()",
-        "return torch.ones_like(calmer)",
-        CODING,
-    ),
-    Fault(
-        "parameters learn one state too early",
-        "guides/inference/predictive_coding.py",
-        "rows, other = log_joint.run(values, expose_params=True).total()",
-        "rows, other = log_joint.run(self._start(log_joint), expose_params=True).total()",
-        CODING,
-    ),
-    Fault(
-        "gradients of parameters are carried over",
-        "guides/inference/predictive_coding.py",
-        "            zero_grads(learning)\n",
-        "",
-        CODING,
-    ),
-    Fault(
-        "globals chase the last minibatch",
-        "guides/inference/predictive_coding.py",
-        "rate = 1.0 / log_joint.layout.scale if self.global_rate is None else self.global_rate",
-        "rate = 1.0",
-        CODING,
-    ),
-    Fault(
-        "evaluate_loss keeps globals",
-        "guides/inference/predictive_coding.py",
-        "        _, relaxed = self._relax(log_joint, hold_globals=_holds_globals(log_joint))\n",
-        "        values, relaxed = self._relax(log_joint)\n"
-        "        self._keep_globals(log_joint, values)\n",
-        CODING,
-    ),
-    Fault(
-        "the arrow form forgets N/B",
-        "guides/inference/laplace_guide.py",
-        "- read.scale * explained",
-        "- explained",
-        CODING,
-    ),
-    Fault(
-        "the arrow form adds what it should subtract",
-        "guides/inference/laplace_guide.py",
-        "- read.scale * explained",
-        "+ read.scale * explained",
-        CODING,
-    ),
-    Fault(
-        "locals move with the globals the wrong way",
-        "guides/inference/laplace_guide.py",
-        "loc = loc - (gain",
-        "loc = loc + (gain",
-        CODING,
-    ),
-    Fault(
-        "the evidence forgets to average",
-        "guides/diagnostics/scores.py",
-        "estimate = first - math.log(num_samples)",
-        "estimate = first",
-        SCORES,
-    ),
-    Fault(
-        "the evidence averages logarithms",
-        "guides/diagnostics/scores.py",
-        "estimate = first - math.log(num_samples)",
-        "estimate = kept.mean(0)",
-        SCORES,
-    ),
-    Fault(
-        "k-hat of the inverse weights",
-        "guides/diagnostics/scores.py",
-        "result[i] = _psis(row - row.max())",
-        "result[i] = _psis(row.min() - row)",
-        SCORES,
-    ),
-    Fault(
-        "a joint weight passes for one a row",
-        "guides/draws.py",
-        "joint=has_global or outside or read.data_plate is None,",
-        "joint=outside,",
-        SCORES,
-    ),
-    Fault(
-        "nested plates are packed across rows",
-        "guides/sites.py",
-        "return value.movedim(rows, 0).reshape(value.shape[rows], self.size)",
-        "return value.reshape(value.shape[rows], self.size)",
-        ROWS,
-    ),
-    Fault(
-        "slices of slices count from zero",
-        "guides/rows.py",
-        "number = rows if plate.index is None else plate.index.to(rows.device)[rows]",
-        "number = rows",
-        ROWS,
-    ),
-    Fault(
-        "the flow's density misses its scale",
-        "guides/families/flow.py",
-        "return scale * y, log_det + scale.log().sum(-1)",
-        "return scale * y, log_det",
-        FAMILIES,
-    ),
-    Fault(
-        "the Sylvester flow multiplies by a transpose, as Pyro's",
-        "guides/families/sylvester.py",
-        "return z + _times(q, _times(r1, t)), log_det",
-        "return z + _times(q, _times(r1.mT, t)), log_det",
-        FLOWS,
-    ),
-    Fault(
-        "a planar step forgets its constraint",
-        "guides/families/planar.py",
-        "u = u + ((inner - raw) / norm).unsqueeze(-1) * w",
-        "u = u",
-        FLOWS,
-    ),
-    Fault(
-        "roots carry no derivative",
-        "guides/families/roots.py",
-        "for _ in range(2):",
-        "for _ in range(0):",
-        FLOWS,
-    ),
-    Fault(
-        "a coordinate sees itself",
-        "guides/families/autoregressive.py",
-        "before = place.unsqueeze(-1) > place",
-        "before = place.unsqueeze(-1) >= place",
-        FLOWS,
-    ),
-    Fault(
-        "a flow forgets the density of its base",
-        "guides/families/flow.py",
-        "return self.base.log_prob(base, e) - log_det",
-        "return StandardNormal(self.size).log_prob(base, e) - log_det",
-        FLOWS,
-    ),
-    Fault(
-        "inner gradients are those of the mean over rows",
-        "guides/schemes/bound.py",
-        "return rows.sum(), rows",
-        "return rows.mean(), rows",
-        REFINEMENT,
-    ),
-    Fault(
-        "the path gradient keeps the score of q",
-        "guides/schemes/bound.py",
-        "(self.family.log_prob(lam, u) if path else log_q)",
-        "log_q",
-        REFINEMENT,
-    ),
-    Fault(
-        "rows of a batch see each other's noise position",
-        "guides/schemes/bound.py",
-        "rows = 1 if self.shared_noise else like.shape[0]",
-        "rows = like.shape[0]",
-        REFINEMENT,
-    ),
-    Fault(
-        "iterations are not detached",
-        "guides/schemes/iterative.py",
-        "fixed = lam.detach()",
-        "fixed = lam",
-        REFINEMENT,
-    ),
-    Fault(
-        "the guide learns from the sum over iterations",
-        "guides/schemes/iterative.py",
-        "fraction = 1.0 / (len(iterates) + 1)",
-        "fraction = 1.0",
-        REFINEMENT,
-    ),
-    Fault(
-        "the highway gate is turned around",
-        "guides/schemes/iterative.py",
-        "return gate * lam + (1 - gate) * (self.init + move)",
-        "return (1 - gate) * lam + gate * (self.init + move)",
-        REFINEMENT,
-    ),
-    Fault(
-        "truncated backpropagation keeps all steps",
-        "guides/schemes/semi_amortized.py",
-        "if t >= first and not stops:",
-        "if not stops:",
-        REFINEMENT,
-    ),
-    Fault(
-        "importance weights forget q",
-        "guides/schemes/semi_amortized.py",
-        "weights = torch.softmax(log_p - log_q, 0).unsqueeze(-1)",
-        "weights = torch.softmax(log_p, 0).unsqueeze(-1)",
-        REFINEMENT,
-    ),
-    Fault(
-        "curvature leaves out the prior",
-        "guides/schemes/laplace.py",
-        "half = 0.5 * change.square()",
-        "half = 0.0 * change.square()",
-        REFINEMENT,
-    ),
-    Fault(
-        "rows that stopped are written to the wrong place",
-        "guides/schemes/refinement.py",
-        "rows = keep if rows is None else rows[keep]",
-        "rows = keep",
-        REFINEMENT,
-    ),
-    Fault(
-        "a level does not see the draws before it",
-        "guides/guide.py",
-        "lam = self.schemes[group.name](group, replace(call, upstream=upstream))",
-        "lam = self.schemes[group.name](group, call)",
-        LEVELS,
-    ),
-    Fault(
-        "a latent may be covered twice",
-        "guides/guide.py",
-        "if len(keys) != 1:",
-        "if len(keys) < 1:",
-        COMPOSITE,
-    ),
-    Fault(
-        "doubly reparameterized gradients weigh once",
-        "guides/objectives/dreg.py",
-        "factor * (weights.square() * (rows - log_q)).sum()",
-        "factor * (weights * (rows - log_q)).sum()",
-        OBJECTIVES,
-    ),
-    Fault(
-        "the weighted bound is a sum",
-        "guides/objectives/iwelbo.py",
-        "return log_w.logsumexp(1) - math.log(log_w.shape[1])",
-        "return log_w.logsumexp(1)",
-        OBJECTIVES,
-    ),
-    Fault(
-        "N/B is left out of the weighted bound",
-        "guides/objectives/weighted.py",
-        "return -(scale * rows.sum(-1) + above).mean()",
-        "return -(rows.sum(-1) + above).mean()",
-        OBJECTIVES,
-    ),
-    Fault(
-        "errors are not weighted by precision",
-        "guides/location_scale.py",
-        "result = centered / base.scale**2",
-        "result = centered / base.scale",
-        ENERGY,
-    ),
-]
+def stale(fault: Fault, root: Path = ROOT) -> str:
+    """Why a fault cannot be injected any more, or its tests cannot run; empty if they can."""
+    path = root / fault.file
+    if not path.is_file():
+        return f"there is no {fault.file}"
+    if fault.right not in path.read_text():
+        return f"{fault.right!r} is not in {fault.file}"
+    if fault.right == fault.wrong:
+        return "it changes nothing"
+    for word in shlex.split(fault.tests):
+        if not word.startswith("tests/"):
+            continue
+        file, _, node = word.partition("::")
+        if not (root / file).is_file():
+            return f"there is no {file}"
+        if node and f"def {node.partition('[')[0]}(" not in (root / file).read_text():
+            return f"there is no test {word}"
+    return ""
 
 
-def main() -> int:
+def inject(fault: Fault, copy: Path) -> str:
+    """Make the fault in a copy, run its tests, undo it; the verdict."""
+    reason = stale(fault, copy)
+    if reason:
+        return f"STALE, {reason}"
+    path = copy / fault.file
+    text = path.read_text()
+    path.write_text(text.replace(fault.right, fault.wrong))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    try:
+        run = subprocess.run(
+            [*command, *shlex.split(fault.tests)], cwd=copy, capture_output=True, text=True
+        )
+    finally:
+        path.write_text(text)
+    # Only failed tests catch a fault: other codes say that none could run.
+    if run.returncode == 1:
+        return "caught"
+    return "SURVIVED" if run.returncode == 0 else f"NO TESTS, pytest said {run.returncode}"
+
+
+def main(arguments: Sequence[str]) -> int:
     """Run the faults; 0 if all were caught."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [fault for fault in FAULTS if word in fault.name]
-    survivors = []
+    words = [word for word in arguments if word != "--stale"]
+    chosen = [f for f in FAULTS if all(word in f"{f.name} {f.file}" for word in words)]
+    if "--stale" in arguments:
+        found = {fault.name: stale(fault) for fault in chosen}
+        for name, reason in found.items():
+            if reason:
+                print(f"STALE {name}: {reason}")
+        return int(any(found.values()))
+    missed = 0
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "repository"
         ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "records")
         shutil.copytree(ROOT, copy, ignore=ignored)
         for number, fault in enumerate(chosen, 1):
-            path = copy / fault.file
-            text = path.read_text()
-            if text.count(fault.right) < 1:
-                print(f"{number:3} STALE     {fault.name}: {fault.right!r} is not in {fault.file}")
-                survivors.append(fault)
-                continue
-            path.write_text(text.replace(fault.right, fault.wrong))
             start = time.monotonic()
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-            run = subprocess.run(
-                [*command, *fault.tests.split()], cwd=copy, capture_output=True, text=True
-            )
-            path.write_text(text)
-            caught = run.returncode == 1
-            verdict = "caught" if caught else "SURVIVED"
-            print(
-                f"{number:3} {verdict:9} {fault.name} ({time.monotonic() - start:.0f} s)",
-                flush=True,
-            )
-            if not caught:
-                survivors.append(fault)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults caught")
-    return bool(survivors)
+            verdict = inject(fault, copy)
+            seconds = time.monotonic() - start
+            print(f"{number:3} {verdict:9} {fault.name} ({seconds:.0f} s)", flush=True)
+            missed += verdict != "caught"
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    return int(missed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -266,6 +266,20 @@ def test_scales_and_masks_of_the_user_act_on_every_term() -> None:
     assert torch.allclose(found, 3 * 1.5 * rate + mask * rate)
 
 
+@pytest.mark.parametrize("kind", ["exact", "gauss_newton"])
+def test_scales_of_the_user_leave_the_log_determinant_alone(kind: str) -> None:
+    def model() -> None:
+        with pyro.poutine.scale(scale=3.0):
+            pyro.sample("p", dist.Beta(2.0, 4.0))
+
+    u = torch.tensor([0.4])
+    found = hessian(LogJoint(model, ()), {"global": u}, kind=kind)["global"]
+    # -(3 (a - 1) + 1) log s - (3 (b - 1) + 1) log (1 - s), twice differentiated in u.
+    s = u.sigmoid()
+    expected = ((3 * 1 + 1) + (3 * 3 + 1)) * s * (1 - s)
+    torch.testing.assert_close(found, expected.reshape(1, 1))
+
+
 def test_factors_keep_their_exact_hessian() -> None:
     def program(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

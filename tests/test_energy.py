@@ -13,6 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 import guides
+from guides import location_scale
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding
 from guides.inference.relaxation import relax
@@ -239,3 +240,22 @@ def test_missing_data_is_an_error_that_names_the_site() -> None:
     log_joint = LogJoint(chain, (torch.randn(5, 3),))
     with pytest.raises(ValueError, match="Site 'z2' has neither data nor a value"):
         log_joint.rows({"z1": torch.zeros(5, 2)})
+
+
+@pytest.mark.parametrize("name", ["Normal", "StudentT", "MultivariateNormal"])
+def test_errors_are_standardized_values(name: str) -> None:
+    loc, scale, e = torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0]), torch.tensor([1.2, -0.4])
+    tril = torch.tensor([[0.3, 0.0], [0.7, 2.0]])
+    fn, standard, log_det = {
+        "Normal": (dist.Normal(loc, scale), dist.Normal(0, 1), scale.log()),
+        "StudentT": (dist.StudentT(4, loc, scale), dist.StudentT(4, 0, 1), scale.log()),
+        "MultivariateNormal": (
+            dist.MultivariateNormal(loc, scale_tril=tril),
+            dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+            tril.diagonal().log().sum(),
+        ),
+    }[name]
+    value = location_scale.shift(fn, e)
+    # A change of variables: the density there is that of e over the determinant.
+    torch.testing.assert_close(fn.log_prob(value), standard.log_prob(e) - log_det)
+    torch.testing.assert_close(location_scale.inverse(fn, value), e)

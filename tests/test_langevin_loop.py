@@ -14,7 +14,9 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import guides
+import guides.layout
 from guides.diagnostics import elbo, log_evidence, pareto_khat
+from guides.energy import LogJoint
 from guides.inference import ChainGaussian, LangevinPredictiveCoding
 from guides.inference.guide_losses import guide_loss
 from guides.inference.langevin_kernel import own_metric
@@ -386,3 +388,73 @@ def test_preconditioners_that_do_not_fit(given: Any, match: str) -> None:
     read = pc._log_joint((torch.zeros(4),), {}).layout
     metric = own_metric({"data": 4 * torch.eye(2).expand(4, 2, 2)}, read)["data"]
     torch.testing.assert_close(metric.root, 2 * torch.eye(2).expand(4, 2, 2))
+
+
+def test_parameters_move_by_the_mean_over_draws_and_chains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    chains = []
+    whole = LangevinPredictiveCoding._sample
+
+    def kept(self: Any, *args: Any, **options: Any) -> Any:
+        chains.append(whole(self, *args, **options))
+        return chains[-1]
+
+    monkeypatch.setattr(LangevinPredictiveCoding, "_sample", kept)
+    x = torch.tensor([1.0, -2.0, 4.0])
+    optim = pyro.optim.SGD({"lr": 0.1})
+    LangevinPredictiveCoding(model, optim, num_steps=0, num_samples=3, num_chains=2).step(x)
+    z = chains[0].draws["data"]
+    assert z.shape == (3, 2, 3, 1)
+    gradient = (0.3 - z).sum((-1, -2)).mean()
+    torch.testing.assert_close(pyro.param("w").detach(), 0.3 - 0.1 * gradient)
+
+
+def test_the_spread_of_rows_is_what_globals_leave() -> None:
+    x = torch.tensor([1.0, 2.0])
+    read = guides.layout.layout(tree, (x,), {})
+    shared, own = torch.randn(4000, 2, 1), torch.randn(4000, 2, 2, 1)
+    # Row by row, Cov(data, global) = gain, and 0.25 is left.
+    gain = torch.tensor([2.0, -1.0]).reshape(2, 1)
+    draws = {"global": shared, "data": gain * shared.unsqueeze(-2) + 0.5 * own}
+    guide = ChainGaussian(tree, (x,), {})
+    guide.fit(draws, read)
+    left = guide.tril_data.squeeze().square()
+    # The standard error of a variance of 8000 draws.
+    error = 0.25 * math.sqrt(2 / 8000)
+    assert ((left - 0.25).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_guide_that_runs_the_model_teaches_it_nothing(kind: str) -> None:
+    """A ladder merges the model's own prediction, whose parameters are not the guide's to move."""
+    slope = nn.Parameter(torch.tensor(0.7))
+
+    def model(x: Tensor) -> None:
+        a = pyro.param("slope", slope)
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(a * z2, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z1, 0.5).to_event(1), obs=x)
+
+    x = torch.randn(5, 2)
+    guide = guides.make("top_down_normal", model, x)
+    log_joint = LogJoint(model, (x,))
+    packed = log_joint.layout.pack(log_joint.predictions())
+    draws = {name: torch.randn_like(value)[None, None] for name, value in packed.items()}
+    merged = guide.rsample_packed(1, (x,))[0]
+    reached = pyro.get_param_store()._params["slope"]
+    total = sum(value.sum() for value in merged.values())
+    (found,) = torch.autograd.grad(total, reached, allow_unused=True)
+    assert found is not None, "the draws depend on the model's parameter"
+    loss = guide_loss(kind, guide, log_joint, draws)
+    own = list(guide.parameters())
+    *moved, other = torch.autograd.grad(loss, [*own, reached], allow_unused=True)
+    assert other is None
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in moved)

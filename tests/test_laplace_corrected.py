@@ -65,6 +65,17 @@ def test_on_a_linear_gaussian_program_it_is_the_evidence_and_its_gradient() -> N
         torch.testing.assert_close(parameter.detach() - old, grad, rtol=1e-8, atol=1e-8)
 
 
+def test_a_minibatch_stands_for_all_rows() -> None:
+    """N/B times the evidence of its rows, the determinant included."""
+    w, mu = 1.3, 0.4
+    pyro.param("w", torch.tensor(w))
+    pyro.param("mu", torch.tensor(mu))
+    evidence = dist.Normal(w * mu, (w**2 + 1) ** 0.5).log_prob(X).sum()
+    loop = LaplaceCorrected(toy, pyro.optim.SGD({"lr": 0.0}))
+    found = loop.evaluate_loss(X, size=12, index=torch.tensor([7, 3]))
+    assert found == pytest.approx(-6 * float(evidence), rel=1e-10)
+
+
 @pytest.mark.parametrize("size", [3, 30])
 def test_the_gradient_follows_the_mode(size: int) -> None:
     """Against central differences of the loss, relaxed anew; the partial derivative differs."""

@@ -16,7 +16,13 @@ from guides.energy import LogJoint
 from guides.inference import DivideAndConquer, resampling
 from guides.inference.dependencies import dependencies
 from guides.inference.particle_density import ParticleDensity
-from guides.inference.particle_moves import corrected_move, published_move, spread_of
+from guides.inference.particle_moves import (
+    corrected_move,
+    precondition,
+    published_move,
+    spread_of,
+)
+from guides.inference.particle_sampler import Cloud, Sampler
 from tests.pc_oracles import ORACLES
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -119,10 +125,40 @@ def test_reverse_kernel_weights_have_their_closed_form() -> None:
     assert torch.allclose(log_w, step / 4 * (here.square() - there.square()).sum(-1))
 
 
+def test_published_weights_divide_by_the_density_of_the_kernel() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    x = torch.tensor([1.0, -2.0, 0.5])
+    density = density_of(model, x)
+    here, noise, score = torch.randn(3, 4, 3, 2).unbind(0)
+    step = torch.full((3, 2), 0.2)
+    particles, conditional, log_weights = published_move(
+        density, {"z": here}, "z", ("x",), step=step, noise=noise, score=score
+    )
+    there = here + step * score + (2 * step).sqrt() * noise
+    torch.testing.assert_close(particles["z"], there)
+    own = dist.Normal(0, 1).log_prob(there).sum(-1) + dist.Normal(there.sum(-1), 1).log_prob(x)
+    kernel = dist.Normal(here + step * score, (2 * step).sqrt()).log_prob(there).sum(-1)
+    torch.testing.assert_close(conditional, own)
+    torch.testing.assert_close(log_weights, own - kernel)
+
+
 def test_one_particle_has_no_spread() -> None:
     assert torch.equal(spread_of(torch.randn(1, 5, 2)), torch.zeros(5, 2))
     collapsed = spread_of(torch.ones(4, 5, 2), before=torch.full((5, 2), 8.0))
     assert torch.equal(collapsed, torch.full((5, 2), 4.0))
+
+
+def test_the_preconditioner_is_finite_without_spread() -> None:
+    """P = 1 / (Var + 1 / K)."""
+    spread = torch.tensor([0.0, 0.25, 1.0])
+    found = precondition(spread, 4)
+    torch.testing.assert_close(found, torch.tensor([4.0, 2.0, 0.8]))
+    torch.testing.assert_close(precondition(spread, 4, "normalized"), found * 3 / 6.8)
+    assert torch.equal(precondition(spread, 4, "identity"), torch.ones(3))
 
 
 # Scores and structure
@@ -235,6 +271,22 @@ def test_evidence_is_unbiased_with_constrained_sites(name: str) -> None:
     ratio, error = ratios(name, num_sweeps=15, step_size=0.3)
     assert (error < 0.1).all()
     assert ((ratio - 1).abs() < 4 * error).all(), (ratio, error)
+
+
+def test_runs_are_averaged_as_evidences(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    # The first run finds the steps, and its evidence is not used.
+    weights = iter([torch.full((4, 2), math.log(v)) for v in (9.0, 1.0, 2.0, 6.0)])
+    monkeypatch.setattr(Sampler, "anneal", lambda *args, **options: Cloud({}, next(weights)))
+    score = loop_of(model).evidence(torch.zeros(2), num_repeats=3)
+    torch.testing.assert_close(score.rows, torch.full((2,), math.log(3.0)))
+    # Of a mean of three, in units of the mean: std (1, 2, 6) = 2.6458.
+    expected = torch.full((2,), math.sqrt(7.0) / 3 / math.sqrt(3))
+    torch.testing.assert_close(score.rows_error, expected)
 
 
 @pytest.mark.parametrize("name", ["chain2", "fork_merge"])

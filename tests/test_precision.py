@@ -83,6 +83,17 @@ def test_without_it_the_floor_holds() -> None:
     assert torch.allclose(program.covariance["x"], 0.01 * torch.eye(2))
 
 
+def test_the_floor_holds_in_directions_without_errors() -> None:
+    """Two rows have errors in at most two directions of three; the third gets the floor."""
+    x = 1 + torch.tensor([[3.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
+    program = LearnedPrecision(clamped, {"x": "full"}, floor=0.01)
+    program.update(PredictiveCoding(program, SGD({}), num_steps=1), x)
+    exact = torch.tensor([[4.5, 0.0, 6.0], [0.0, 2.0, 0.0], [6.0, 0.0, 8.0]])
+    empty = torch.tensor([0.8, 0.0, -0.6])
+    exact = exact + 0.01 * torch.outer(empty, empty)
+    torch.testing.assert_close(program.covariance["x"], exact, rtol=0, atol=1e-12)
+
+
 def test_learned_precision_without_a_floor_is_refused() -> None:
     for floor in (None, 0.0):
         with pytest.raises(ValueError, match=r"Learned precision needs a floor.*Pass floor="):

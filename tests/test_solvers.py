@@ -16,7 +16,7 @@ from benchmarks.studies.pc_chains import DEPTHS, Chain, gradient_steps, products
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding
 from guides.inference.compaction import Batch
-from guides.inference.relaxation import relax
+from guides.inference.relaxation import curvature, energy_function, relax
 from guides.inference.solvers import SOLVERS, make
 from guides.inference.solvers.auto import choose
 from guides.inference.solvers.heavy_ball import HeavyBall
@@ -29,6 +29,102 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def loop(model: Any, **options: Any) -> PredictiveCoding:
     return PredictiveCoding(model, pyro.optim.Adam({"lr": 1e-3}), **options)
+
+
+# --- the updates themselves ---------------------------------------------------------------------
+
+
+def squares(x: Tensor) -> None:
+    """Its exact Hessian differs from Gauss-Newton's by 2 (z^2 - x)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0, 1))
+        pyro.sample("x", dist.Normal(z**2, 1), obs=x)
+
+
+def energy_of_squares(z: Tensor, x: Tensor) -> Tensor:
+    return (0.5 * z.square() + 0.5 * (z.square() - x).square()).sum()
+
+
+Z, SQUARES = [[1.0], [-0.7], [0.4]], [2.0, 1.5, 0.3]
+
+
+def updates(solver: Any, num_steps: int, step_size: Any) -> Tensor:
+    log_joint = LogJoint(squares, (torch.tensor(SQUARES),))
+    start = {"data": torch.tensor(Z)}
+    found = relax(log_joint, start, num_steps=num_steps, step_size=step_size, solver=solver)
+    return found.packed["data"][:, 0]
+
+
+@pytest.mark.parametrize("solver", ["adam", "heavy_ball"])
+def test_moving_solvers_are_those_of_torch(solver: str) -> None:
+    z = torch.tensor(Z)[:, 0].requires_grad_()
+    other: torch.optim.Optimizer = (
+        torch.optim.Adam([z], lr=0.05)
+        if solver == "adam"
+        else torch.optim.SGD([z], lr=0.05, momentum=0.9)
+    )
+    for _ in range(6):
+        other.zero_grad()
+        energy_of_squares(z, torch.tensor(SQUARES)).backward()
+        other.step()
+    torch.testing.assert_close(updates(solver, 6, 0.05), z.detach(), rtol=0, atol=1e-10)
+
+
+def test_nesterov_extrapolates() -> None:
+    y = before = torch.tensor(Z)[:, 0]
+    t = 1.0
+    for _ in range(6):
+        gradient = y + 2 * y * (y.square() - torch.tensor(SQUARES))
+        x = y - 0.05 * gradient
+        after = (1 + (1 + 4 * t**2) ** 0.5) / 2
+        y = x + (t - 1) / after * (x - before)
+        before, t = x, after
+    torch.testing.assert_close(updates("nesterov", 6, 0.05), y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["gauss_newton", "newton"])
+def test_a_newton_step_divides_by_its_own_curvature(solver: str) -> None:
+    z, x = torch.tensor(Z)[:, 0], torch.tensor(SQUARES)
+    gradient = z + 2 * z * (z.square() - x)
+    bend = 1 + 4 * z.square()
+    if solver == "newton":
+        bend = (bend + 2 * (z.square() - x)).abs()
+    expected = z - gradient / bend
+    # A step that raises the energy is refused, so rows that fall are compared.
+    rows = torch.tensor(
+        [float(energy_of_squares(a, c)) < float(energy_of_squares(b, c))
+         for a, b, c in zip(expected, z, x, strict=True)]
+    )  # fmt: skip
+    assert rows.any()
+    found = updates(solver, 1, "auto")
+    torch.testing.assert_close(found[rows], expected[rows], rtol=0, atol=1e-10)
+
+
+def test_every_row_has_the_curvature_of_its_own_energy() -> None:
+    z, x = torch.tensor(Z), torch.tensor(SQUARES)
+    function = energy_function(LogJoint(squares, (x,)), jacobian=True)
+    found = curvature(function, {"data": z}, 1.0)["data"]
+    z = z[:, 0]
+    expected = (1 + 4 * z.square() + 2 * (z.square() - x)).abs()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_joint_step_has_n_over_b_in_the_globals_alone() -> None:
+    def model(x: Tensor, index: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0, 1))
+        with pyro.plate("data", 12, subsample=index):
+            z = pyro.sample("z", dist.Normal(m, 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=x)
+
+    x = torch.tensor([1.0, -2.0, 0.5])
+    start = {"global": torch.tensor([0.3]), "data": torch.tensor([[0.2], [-1.0], [2.0]])}
+    log_joint = LogJoint(model, (x, torch.tensor([4, 0, 7])))
+    found = relax(log_joint, start, num_steps=1, step_size=0.01).packed
+    m, z = start["global"], start["data"][:, 0]
+    rows = z - 0.01 * ((z - m) + (z - x))
+    torch.testing.assert_close(found["data"][:, 0], rows, rtol=0, atol=1e-12)
+    whole = m - 0.01 * (m + 12 / 3 * (m - z).sum())
+    torch.testing.assert_close(found["global"], whole, rtol=0, atol=1e-12)
 
 
 # --- rows that are done -------------------------------------------------------------------------
@@ -79,6 +175,51 @@ def test_a_batch_that_shrinks_ends_as_one_that_does_not(
     assert shrinks.row_gradients < stays.row_gradients
     torch.testing.assert_close(shrinks.packed["data"], stays.packed["data"], rtol=0, atol=1e-12)
     torch.testing.assert_close(shrinks.energy, stays.energy, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_that_is_done_rests_in_a_batch_that_goes_on() -> None:
+    z, x = torch.tensor([[0.5 + 4e-4], [0.0], [0.0]]), torch.tensor([1.0, -3.0, 7.0])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0, 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=x)
+
+    # Two of three rows go on, too many to take them out; the first is within the tolerance.
+    log_joint = LogJoint(model, (x,))
+    found = relax(log_joint, {"data": z}, num_steps=20, step_size=0.01, tolerance=1e-3)
+    assert found.num_steps == 20
+    assert torch.equal(found.packed["data"][0], z[0])
+    exact = x[1:] / 2 * (1 - (1 - 0.01 * 2) ** 20)
+    torch.testing.assert_close(found.packed["data"][1:, 0], exact)
+
+
+def test_a_batch_that_shrinks_again_and_again_keeps_its_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def model(x: Tensor, scale: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0, 1))
+            pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+    sizes = []
+    whole = Batch._slice
+
+    def counted(self: Batch) -> None:
+        whole(self)
+        sizes.append(len(self.point.x))
+
+    monkeypatch.setattr(Batch, "_slice", counted)
+    # With one step for all, a row needs about 1 / (its curvature) updates.
+    bends = torch.tensor([5.0, 0.1, 19.0, 1.0, 9.0, 0.2, 0.5, 15.0])
+    x = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0, -8.0])
+    log_joint = LogJoint(model, (x, bends.rsqrt()))
+    options: dict[str, Any] = {"num_steps": 3000, "step_size": 0.05, "tolerance": 1e-9}
+    found = relax(log_joint, {"data": torch.zeros(8, 1)}, **options)
+    assert len(sizes) > 1
+    assert sizes[0] > sizes[1]
+    exact = x * bends / (1 + bends)
+    torch.testing.assert_close(found.packed["data"][:, 0], exact, rtol=0, atol=1e-8)
 
 
 def test_rows_of_a_program_that_cannot_be_sliced_stay_where_they_are() -> None:
