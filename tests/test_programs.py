@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import MCMC, NUTS, Trace_ELBO
+from pyro.ops.stats import effective_sample_size
 
 import guides
 from guides.diagnostics import elbo, log_evidence
@@ -88,4 +89,6 @@ def test_full_covariance_means_agree_with_nuts(program: Program) -> None:
     for name in program.global_sites:
         mean, scale = reference[name].mean(0), reference[name].std(0)
         z = (values[name].mean(0).reshape(mean.shape) - mean) / scale
-        assert z.abs().max() < 0.25, f"{name}: {z}"
+        # Two standard errors of the chain's own mean, in the same unit.
+        error = 2 / effective_sample_size(reference[name].unsqueeze(0)).sqrt()
+        assert (z.abs() < 0.25 + error).all(), f"{name}: {z}"
