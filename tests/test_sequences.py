@@ -108,6 +108,37 @@ def test_the_bound_of_a_ragged_batch_is_that_of_its_rows(name: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
+def test_an_iterative_filter_learns_from_every_iteration_and_scales_as_the_plate_does() -> None:
+    """The gradient of N = 2 B rows, of which B are seen, is twice that of these B alone."""
+    model = zoo.StateSpace(z_dim=1, x_dim=2, num_steps=3).requires_grad_(False)
+    x = model(size=4).detach()
+
+    def gradient(count: int, num_particles: int = 1, **kwargs: Any) -> torch.Tensor:
+        pyro.set_rng_seed(1)
+        guide = guides.make(
+            "iterative_filtering_normal", model, x, num_iterations=count, **options
+        )
+        pyro.set_rng_seed(2)
+        vectorized = num_particles > 1
+        objective = Trace_ELBO(num_particles, 1, vectorize_particles=vectorized)
+        loss = objective.loss_and_grads(model, guide, x, **kwargs)
+        assert loss == pytest.approx(objective_of(guide, objective, kwargs), rel=1e-12)
+        return torch.cat([p.grad.flatten() for p in guide.parameters() if p.grad is not None])
+
+    def objective_of(guide: Any, objective: Trace_ELBO, kwargs: dict[str, Any]) -> float:
+        pyro.set_rng_seed(2)
+        return float(objective.loss(model, guide, x, **kwargs))
+
+    options: dict[str, Any] = {"network": 4, "name": "filter"}
+    one, three = gradient(1), gradient(3)
+    assert (one - three).abs().max() > 1e-3
+    for count, alone in ((1, one), (3, three)):
+        seen = gradient(count, size=8, index=torch.arange(4))
+        assert torch.allclose(seen, 2 * alone, rtol=1e-10)
+    assert torch.isfinite(gradient(3, num_particles=5)).all()
+
+
+@pytest.mark.usefixtures("float64")
 def test_the_backward_network_starts_where_a_row_ends() -> None:
     model = zoo.StateSpace(z_dim=1, x_dim=2, num_steps=5)
     x = model(size=2).detach()

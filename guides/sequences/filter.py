@@ -174,15 +174,12 @@ class VariationalFilter(SequenceGuide):
             read = self._layout(args, kwargs, None)
             plate = read.data_plate
             assert plate is not None
-            total = sum(found[1:], found[0])  # (*S, B)
-            rows = total.reshape(*total.shape, *(1,) * (-plate.dim - 1))
-            live = pyro.plate(plate.name, plate.size, subsample=plate.index, dim=plate.dim)
-            with live:
-                # Zero, with the gradient of the earlier iterations: the value of the bound is
-                # that of the last one.
-                pyro.factor(
-                    f"_{self._pyro_name}_iterations", rows - rows.detach(), has_rsample=True
-                )
+            total = read.scale * sum(found[1:], found[0]).sum(-1)  # (*S,)
+            if total.dim():
+                total = total.reshape(*total.shape, *(1,) * -plate.dim)
+            # Zero, with the gradient of the earlier iterations: the value of the bound is that
+            # of the last one. Outside the plate, which cannot be entered anew; hence its scale.
+            pyro.factor(f"_{self._pyro_name}_iterations", total - total.detach(), has_rsample=True)
         return values
 
     def step_parameters(self, position: int, call: SequenceCall) -> Tensor:
