@@ -118,6 +118,7 @@ MODEL_CASES = {
             "logistic": lambda: zoo.make(
                 "rao_ballard", x_dim=4, z_dims=(2, 2), activation="logistic"
             ),
+            "cauchy": lambda: zoo.make("rao_ballard", x_dim=4, z_dims=(2, 2), prior="cauchy"),
         },
     ),
     "state_space": ModelCase(

@@ -96,6 +96,32 @@ def test_rao_and_ballards_dynamics_and_learning_are_the_gradients(activation: st
     assert (model.below.grad[0] - learned).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("prior", ["normal", "laplace", "cauchy"])
+def test_activities_may_have_heavy_tails_around_their_predictions(
+    prior: str, shared: bool
+) -> None:
+    """Sums of densities written out, module by module."""
+    torch.manual_seed(1)
+    scales = (0.7, 1.3, 0.9)
+    model = zoo.RaoBallard(4, (3, 2), 2, scales=scales, shared=shared, prior=prior)
+    x = model(size=5).detach()
+    z1, z2 = torch.randn(5, 2, 3), torch.randn(5, 2)
+    family = {
+        "normal": torch.distributions.Normal,
+        "laplace": torch.distributions.Laplace,
+        "cauchy": torch.distributions.Cauchy,
+    }[prior]
+    expected = family(0.0, 0.9).log_prob(z2).sum(-1)
+    for m in range(2):
+        below = model.below[0 if shared else m]
+        above = family(torch.tanh(z2 @ model.above[m].mT), 1.3)
+        pixels = torch.distributions.Normal(torch.tanh(z1[:, m] @ below.mT), 0.7)
+        expected = expected + above.log_prob(z1[:, m]).sum(-1) + pixels.log_prob(x[:, m]).sum(-1)
+    rows, _ = LogJoint(model, (x,)).rows({"z1": z1, "z2": z2})
+    assert (rows - expected).abs().max() < 1e-12
+
+
 def test_modules_are_overlapping_squares() -> None:
     images = torch.arange(2 * 4 * 8).reshape(2, 32).double()
     squares, window = modules_of(images, (4, 8), 4, 2)
@@ -119,6 +145,7 @@ def test_modules_are_overlapping_squares() -> None:
         (lambda: zoo.RaoBallard(activation="relu"), "activation must be one of"),
         (lambda: zoo.RaoBallard(scales=(1.0, 0.0, 1.0)), "three positive"),
         (lambda: zoo.RaoBallard(x_dim=0), "at least 1"),
+        (lambda: zoo.RaoBallard(prior="flat"), "prior must be one of"),
     ],
 )
 def test_bad_options_say_what_is_wrong(call, message: str) -> None:

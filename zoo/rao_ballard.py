@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import pyro
@@ -12,8 +13,13 @@ from torch import Tensor, nn
 from zoo.model import Model
 from zoo.rows import data_plate
 
-__all__ = ["ACTIVATIONS", "RaoBallard", "modules_of"]
+__all__ = ["ACTIVATIONS", "PRIORS", "RaoBallard", "modules_of"]
 
+PRIORS: dict[str, Callable[[Tensor, Tensor], dist.TorchDistribution]] = {
+    "normal": dist.Normal,
+    "laplace": dist.Laplace,
+    "cauchy": dist.Cauchy,
+}
 ACTIVATIONS = {"identity": lambda v: v, "tanh": torch.tanh, "logistic": torch.sigmoid}
 
 
@@ -59,11 +65,18 @@ class RaoBallard(Model):
         z1_m ~ Normal(f(above_m @ z2), scale_1)                  m = 1 .. M
         x_m  ~ Normal(f(below @ z1_m), scale_x)
 
+    or, with ``prior="laplace"`` or ``"cauchy"``, such activities around the same predictions.
+
     Each module explains one of M overlapping squares of an image; the second level, with M times
     their receptive field, predicts what all modules have found. f is the identity, tanh or the
     logistic function. Its energy is the paper's: squared errors over variances at each level and
     a quadratic penalty of the activities; relaxing it is the paper's dynamics. Pixels that lie
     in several squares are data of each of them, as there.
+
+    Under a normal prior the basis below is arbitrary up to rotations that the level above can
+    follow; heavy tails make activities sparse and the basis vectors filters of their own, as in
+    :class:`zoo.sparse_coding.SparseCoding`. The basis is free in length: keep its columns at
+    unit length while it learns, or give it a weight decay (the paper's prior of the weights).
 
     References:
         | Predictive coding in the visual cortex: a functional interpretation of some
@@ -77,6 +90,7 @@ class RaoBallard(Model):
         activation: ``"identity"``, ``"tanh"`` or ``"logistic"``.
         scales: Standard deviations of pixels, of the first and of the second level.
         shared: Whether all modules have the same basis below; else each has its own.
+        prior: Of the activities of both levels: ``"normal"``, ``"laplace"`` or ``"cauchy"``.
 
     Sites:
         z2: Latent, support real, event shape ``(z_dims[1],)``, in plate ``"data"``.
@@ -84,7 +98,8 @@ class RaoBallard(Model):
         x: Observed, event shape ``(M, D)``, in plate ``"data"``.
 
     Raises:
-        ValueError: For sizes below 1, scales that are not positive, or an unknown activation.
+        ValueError: For sizes below 1, scales that are not positive, an unknown activation or
+            prior.
 
     Example:
         >>> model = RaoBallard(x_dim=64, z_dims=(8, 4))
@@ -102,6 +117,7 @@ class RaoBallard(Model):
         activation: str = "tanh",
         scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
         shared: bool = True,
+        prior: str = "normal",
     ) -> None:
         super().__init__()
         if min(x_dim, num_modules, *z_dims) < 1 or len(z_dims) != 2:
@@ -113,10 +129,12 @@ class RaoBallard(Model):
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}."
             )
+        if prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}.")
         if min(scales) <= 0 or len(scales) != 3:
             raise ValueError(f"scales must be three positive numbers, got {tuple(scales)}.")
         self.x_dim, self.z_dims, self.num_modules = x_dim, tuple(z_dims), num_modules
-        self.activation = activation
+        self.activation, self.prior = activation, prior
         first, second = z_dims
         number = 1 if shared else num_modules
         self.below = nn.Parameter(torch.randn(number, x_dim, first) / first**0.5)
@@ -141,11 +159,12 @@ class RaoBallard(Model):
         Raises:
             ValueError: Where the data are no rows of this model; see :func:`zoo.rows.data_plate`.
         """
-        f = ACTIVATIONS[self.activation]
+        f, activity = ACTIVATIONS[self.activation], PRIORS[self.prior]
         with data_plate(x, size, index, event_shape=(self.num_modules, self.x_dim)):
-            z2 = pyro.sample("z2", dist.Normal(self.top, self.scale_2).to_event(1))
+            z2 = pyro.sample("z2", activity(self.top, self.scale_2).to_event(1))
             above = torch.einsum("mks,...s->...mk", self.above, z2)
-            z1 = pyro.sample("z1", dist.Normal(f(above), self.scale_1).to_event(2))
-            below = (self.below @ z1.unsqueeze(-1)).squeeze(-1)
+            z1 = pyro.sample("z1", activity(f(above), self.scale_1).to_event(2))
+            basis = self.below.expand(self.num_modules, -1, -1)
+            below = torch.einsum("mdk,...mk->...md", basis, z1)
             data: Tensor = pyro.sample("x", dist.Normal(f(below), self.scale_x).to_event(2), obs=x)
             return data
