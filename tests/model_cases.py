@@ -68,6 +68,15 @@ MODEL_CASES = {
                 "vae", x_dim=4, z_dim=2, hidden=(3,), likelihood="continuous_bernoulli"
             ),
             "linear decoder": lambda: zoo.make("vae", x_dim=4, z_dim=2, hidden=()),
+            "full covariances": lambda: zoo.make(
+                "vae",
+                x_dim=4,
+                z_dim=2,
+                hidden=(3,),
+                likelihood="gaussian",
+                likelihood_covariance="symmetric",
+                prior_covariance="cholesky",
+            ),
         },
     ),
     "conv_vae": ModelCase(
@@ -95,6 +104,15 @@ MODEL_CASES = {
             ),
             "gaussian": lambda: zoo.make(
                 "hierarchical_vae", x_dim=4, z_dims=(3, 2), hidden=(3,), likelihood="gaussian"
+            ),
+            "full covariances": lambda: zoo.make(
+                "hierarchical_vae",
+                x_dim=4,
+                z_dims=(3, 2),
+                hidden=(3,),
+                likelihood="gaussian",
+                likelihood_covariance="cholesky",
+                prior_covariance="symmetric",
             ),
             "one level": lambda: zoo.make("hierarchical_vae", x_dim=4, z_dims=(2,), hidden=(3,)),
         },

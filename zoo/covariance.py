@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Covariance"]
+__all__ = ["Covariance", "learned_covariance"]
 
 
 class Covariance(nn.Module):
@@ -97,3 +97,24 @@ class Covariance(nn.Module):
         if self.parameterization == "cholesky":
             return dist.MultivariateNormal(loc, scale_tril=scale)
         return dist.MultivariateNormal(loc, covariance_matrix=scale @ scale)
+
+
+def learned_covariance(dim: int, name: str, plain: str = "unit") -> Covariance | None:
+    """The covariance of a prior by name, starting at the identity; None where it stays there.
+
+    Args:
+        dim: Dimension K.
+        name: ``"cholesky"``, ``"symmetric"``, or the plain one.
+        plain: Name of the one that is not learned.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    if name == plain:
+        return None
+    if name not in Covariance.parameterizations:
+        raise ValueError(
+            f"prior_covariance must be one of {plain}, "
+            f"{', '.join(Covariance.parameterizations)}, got {name!r}."
+        )
+    return Covariance(dim, name)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.covariance import Covariance, learned_covariance
 from zoo.likelihood import make_likelihood
 from zoo.model import Model, latent_names
 from zoo.networks import mlp
@@ -22,27 +23,37 @@ __all__ = ["Conditional", "HierarchicalVAE"]
 class Conditional(nn.Module):
     """A Gaussian whose location and scale a network computes from the levels above.
 
-        z ~ Normal(loc(parents), min_scale + softplus(raw(parents)))
+        z ~ Normal(loc(parents), min_scale + softplus(raw(parents)))                  diagonal
+        z ~ Normal(loc(parents), D A A' D + min_scale^2 I), D = softplus(raw(parents))
 
-    The scale starts at about 1. Its floor of 0.05 keeps a level from collapsing onto its
-    prediction, where the density, and with it every objective, is unbounded.
+    the latter with lateral weights A that are triangular or symmetric, see
+    :class:`zoo.covariance.Covariance`. The scale starts at about 1. Its floor of 0.05, in every
+    direction, keeps a level from collapsing onto its prediction, where the density, and with it
+    every objective, is unbounded.
 
     Args:
         parent_dim: Dimension of all parents together.
         dim: Dimension of the level.
         hidden: Sizes of the network's hidden layers.
         activation: Constructor of the activation.
+        covariance: ``"diagonal"``, ``"cholesky"`` or ``"symmetric"``.
     """
 
     min_scale: ClassVar[float] = 0.05
 
     def __init__(
-        self, parent_dim: int, dim: int, hidden: Sequence[int], activation: Callable[[], nn.Module]
+        self,
+        parent_dim: int,
+        dim: int,
+        hidden: Sequence[int],
+        activation: Callable[[], nn.Module],
+        covariance: str = "diagonal",
     ) -> None:
         super().__init__()
         self.network, features = mlp(parent_dim, hidden, activation)
         self.loc = nn.Linear(features, dim)
         self.raw_scale = nn.Linear(features, dim)
+        self.lateral = None if covariance == "diagonal" else Covariance(dim, covariance)
         with torch.no_grad():
             self.raw_scale.bias.fill_(torch.tensor(1.0 - self.min_scale).expm1().log())
 
@@ -53,9 +64,15 @@ class Conditional(nn.Module):
             parents: Values of the levels above ``(..., parent_dim)``.
         """
         features = self.network(parents)
-        scale = self.min_scale + F.softplus(self.raw_scale(features))
-        level: dist.TorchDistribution = dist.Normal(self.loc(features), scale).to_event(1)
-        return level
+        loc, scale = self.loc(features), F.softplus(self.raw_scale(features))
+        level: dist.TorchDistribution
+        if self.lateral is None:
+            level = dist.Normal(loc, self.min_scale + scale).to_event(1)
+            return level
+        factor = scale.unsqueeze(-1) * self.lateral.scale
+        floor = self.min_scale**2 * torch.eye(loc.shape[-1]).to(loc)
+        whole = torch.linalg.cholesky(factor @ factor.mT + floor)
+        return dist.MultivariateNormal(loc, scale_tril=whole)
 
 
 class HierarchicalVAE(Model):
@@ -80,6 +97,10 @@ class HierarchicalVAE(Model):
         likelihood: ``"bernoulli"``, ``"continuous_bernoulli"`` or ``"gaussian"``.
         activation: Constructor of the activation; smooth by default, see :class:`zoo.vae.VAE`.
         data_mean: Mean of the data ``(D,)``, from which the output bias starts.
+        likelihood_covariance: Of a Gaussian likelihood: ``"isotropic"``, ``"diagonal"``, or with
+            lateral weights between features ``"cholesky"`` or ``"symmetric"``.
+        prior_covariance: Of every level given those above: ``"diagonal"``, which is the identity
+            at the top, or with lateral weights ``"cholesky"`` or ``"symmetric"``.
 
     Sites:
         z1 .. zL: Latents, support real, event shapes ``(z_dims[l - 1],)``, in plate ``"data"``;
@@ -87,8 +108,8 @@ class HierarchicalVAE(Model):
         x: Observed, event shape ``(D,)``, in plate ``"data"``.
 
     Raises:
-        ValueError: Without levels, for an unknown likelihood, sizes below 1, or a mean that is
-            none of such data.
+        ValueError: Without levels, for an unknown likelihood or covariance, sizes below 1, or a
+            mean that is none of such data.
 
     Example:
         >>> model = HierarchicalVAE(x_dim=64, z_dims=(8, 4), hidden=(32,))
@@ -106,6 +127,8 @@ class HierarchicalVAE(Model):
         likelihood: str = "bernoulli",
         activation: Callable[[], nn.Module] = nn.SiLU,
         data_mean: Tensor | None = None,
+        likelihood_covariance: str = "isotropic",
+        prior_covariance: str = "diagonal",
     ) -> None:
         super().__init__()
         if not z_dims:
@@ -114,14 +137,17 @@ class HierarchicalVAE(Model):
         self.z_dims = tuple(z_dims)
         self.skip = skip
         top, *below = reversed(self.z_dims)
+        self.prior_covariance = learned_covariance(top, prior_covariance, "diagonal")
         levels = []
         parent_dim = top
         for dim in below:
-            levels.append(Conditional(parent_dim, dim, hidden, activation))
+            levels.append(Conditional(parent_dim, dim, hidden, activation, prior_covariance))
             parent_dim = parent_dim + dim if skip else dim
         self.levels = nn.ModuleList(levels)
         self.network, features = mlp(parent_dim, hidden, activation)
-        self.likelihood = make_likelihood(likelihood, features, x_dim, data_mean)
+        self.likelihood = make_likelihood(
+            likelihood, features, x_dim, data_mean, likelihood_covariance
+        )
         self.register_buffer("prior_loc", torch.zeros(top), persistent=False)
         self.register_buffer("prior_scale", torch.ones(top), persistent=False)
 
@@ -144,12 +170,18 @@ class HierarchicalVAE(Model):
         top, *below = latent_names(len(self.z_dims))
         event_shape, values = (self.x_dim,), self.likelihood.values
         with data_plate(x, size, index, event_shape=event_shape, values=values):
-            prior = dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
-            parents = pyro.sample(top, prior)
+            parents = pyro.sample(top, self.prior())
             for name, level in zip(below, self.levels, strict=True):
                 z = pyro.sample(name, level(parents))
                 parents = torch.cat([parents, z], -1) if self.skip else z
             return pyro.sample("x", self.likelihood(self.network(parents)), obs=x)
+
+    def prior(self) -> dist.TorchDistribution:
+        """p(z_L): event shape ``(z_dims[-1],)``."""
+        if self.prior_covariance is not None:
+            return self.prior_covariance(self.prior_loc)
+        unit: dist.TorchDistribution = dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
+        return unit
 
     def decode(self, *latents: Tensor) -> dist.TorchDistribution:
         """p(x | z1, .., zL): batch shape ``(...)``, event shape ``(D,)``.

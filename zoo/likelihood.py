@@ -3,6 +3,7 @@
     bernoulli               x_d ~ Bernoulli(logits = (A h + a)_d)
     continuous_bernoulli    x_d ~ ContinuousBernoulli(logits = (A h + a)_d)
     gaussian                x_d ~ Normal((A h + a)_d, scale)
+                            x   ~ Normal(A h + a, S), S a full covariance, where asked for
 
 Each starts from the data: with ``data_mean`` the bias a is such that the mean of x is that mean
 where A h is zero, so that no training is spent on finding it.
@@ -23,7 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.covariance import Covariance
+
 __all__ = [
+    "COVARIANCES",
     "LIKELIHOODS",
     "BernoulliLikelihood",
     "ContinuousBernoulliLikelihood",
@@ -127,22 +131,57 @@ class ContinuousBernoulliLikelihood(Likelihood):
 
 
 class GaussianLikelihood(Likelihood):
-    """Real data, with one learned scale for all features.
+    """Real data, by default with one learned scale for all features.
 
-        scale = min_scale + softplus(raw_scale)              starts at 1
+        isotropic               scale = min_scale + softplus(raw_scale)          one number
+        diagonal                the same, one a feature
+        cholesky, symmetric     S = A A' + min_scale^2 I, A as in zoo.covariance
 
-    One scale and not one a feature: a feature that is constant in the data, as the corner pixels
-    of digits, would drive its own scale to the floor and swamp the likelihood. The floor of 0.01,
-    in units of the data, bounds what a perfect reconstruction can gain: without it the likelihood
-    is unbounded.
+    All start at scale 1. One scale and not one a feature by default: a feature that is constant
+    in the data, as the corner pixels of digits, would drive its own scale to the floor and swamp
+    the likelihood. The floor of 0.01, in units of the data, bounds what a perfect reconstruction
+    can gain, in every direction: without it the likelihood is unbounded.
+
+    Args:
+        output: The output layer, see :class:`Likelihood`.
+        data_mean: Mean of the data, from which the bias starts.
+        covariance: ``"isotropic"``, ``"diagonal"``, ``"cholesky"`` or ``"symmetric"``.
+
+    Raises:
+        ValueError: For an unknown covariance, or a full one of data that are no vectors.
     """
 
     min_scale: ClassVar[float] = 0.01
 
-    def __init__(self, output: nn.Module, data_mean: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        output: nn.Module,
+        data_mean: Tensor | None = None,
+        covariance: str = "isotropic",
+    ) -> None:
         super().__init__(output, data_mean)
-        start = torch.tensor(1.0 - self.min_scale)
-        self.raw_scale = nn.Parameter(start.expm1().log())
+        if covariance not in COVARIANCES:
+            raise ValueError(
+                f"The covariance of a likelihood must be one of {', '.join(COVARIANCES)}, got "
+                f"{covariance!r}."
+            )
+        bias = output.bias
+        assert isinstance(bias, Tensor)
+        self.raw_scale: nn.Parameter | None = None
+        self.lateral: Covariance | None = None
+        if covariance in Covariance.parameterizations:
+            shape = tuple(bias.shape)
+            if len(shape) != 1:
+                raise ValueError(
+                    f"A full covariance is one of vectors, but rows have shape {shape}. Flatten "
+                    'them, or use covariance="diagonal".'
+                )
+            start_scale = (1.0 - self.min_scale**2) ** 0.5
+            self.lateral = Covariance(shape[0], covariance, start_scale)
+            return
+        start = torch.tensor(1.0 - self.min_scale).expm1().log()
+        alike = bias if covariance == "diagonal" else start
+        self.raw_scale = nn.Parameter(start.expand_as(alike).clone())
 
     def initial_bias(self, mean: Tensor) -> Tensor:
         """The mean itself."""
@@ -150,13 +189,36 @@ class GaussianLikelihood(Likelihood):
 
     @property
     def scale(self) -> Tensor:
-        """The scale, at least ``min_scale``."""
+        """The scale, at least ``min_scale``; of a full covariance, that of every feature."""
+        if self.raw_scale is None:
+            return self.scale_tril.square().sum(-1).sqrt()
         return self.min_scale + F.softplus(self.raw_scale)
 
+    @property
+    def scale_tril(self) -> Tensor:
+        """The Cholesky factor of a full covariance, ``(D, D)``.
+
+        Raises:
+            ValueError: Where features are independent, which have ``scale`` alone.
+        """
+        if self.lateral is None:
+            raise ValueError(
+                "Independent features have no factor: read scale, or build the likelihood with "
+                'covariance="cholesky" or "symmetric".'
+            )
+        factor = self.lateral.scale
+        floor = self.min_scale**2 * torch.eye(len(factor)).to(factor)
+        result: Tensor = torch.linalg.cholesky(factor @ factor.mT + floor)
+        return result
+
     def forward(self, features: Tensor) -> dist.TorchDistribution:
-        """Independent normal features."""
+        """Normal rows: independent features, or correlated ones."""
+        loc = self.output(features)
         row: dist.TorchDistribution
-        row = dist.Normal(self.output(features), self.scale).to_event(self.event_dim)
+        if self.lateral is None:
+            row = dist.Normal(loc, self.scale).to_event(self.event_dim)
+        else:
+            row = dist.MultivariateNormal(loc, scale_tril=self.scale_tril)
         return row
 
 
@@ -167,6 +229,7 @@ def _continuous_bernoulli_mean(logits: Tensor) -> Tensor:
     return torch.where(small, 0.5 + logits / 12, -1 / torch.expm1(-safe) - 1 / safe)
 
 
+COVARIANCES = ("isotropic", "diagonal", *Covariance.parameterizations)
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": BernoulliLikelihood,
     "continuous_bernoulli": ContinuousBernoulliLikelihood,
@@ -189,7 +252,11 @@ def likelihood_class(name: str) -> type[Likelihood]:
 
 
 def make_likelihood(
-    name: str, in_features: int, x_dim: int, data_mean: Tensor | None = None
+    name: str,
+    in_features: int,
+    x_dim: int,
+    data_mean: Tensor | None = None,
+    covariance: str = "isotropic",
 ) -> Likelihood:
     """Build a likelihood with a linear output layer by name.
 
@@ -198,9 +265,11 @@ def make_likelihood(
         in_features: Size H of the decoder's features.
         x_dim: Dimension D of a row.
         data_mean: Mean of the data ``(D,)``.
+        covariance: Of ``"gaussian"`` features, see :class:`GaussianLikelihood`.
 
     Raises:
-        ValueError: For an unknown name, or a mean that is none of such data.
+        ValueError: For an unknown name or covariance, a covariance of a likelihood that has
+            none, or a mean that is none of such data.
 
     Example:
         >>> make_likelihood("gaussian", 8, 3)(torch.zeros(5, 8)).event_shape
@@ -209,4 +278,12 @@ def make_likelihood(
     chosen = likelihood_class(name)
     if x_dim < 1:
         raise ValueError(f"x_dim must be at least 1, got {x_dim}.")
-    return chosen(nn.Linear(in_features, x_dim), data_mean)
+    output = nn.Linear(in_features, x_dim)
+    if chosen is GaussianLikelihood:
+        return GaussianLikelihood(output, data_mean, covariance)
+    if covariance != "isotropic":
+        raise ValueError(
+            f"Likelihood {name!r} has no covariance to learn, got {covariance!r}: leave it out, "
+            'or use likelihood="gaussian".'
+        )
+    return chosen(output, data_mean)
