@@ -60,6 +60,7 @@ def gauss_newton(
     jacobian: bool = True,
     plain: Collection[str] = (),
     noncentered: Collection[str] = (),
+    differentiable: bool = False,
 ) -> Callable[[dict[str, Tensor]], tuple[Tensor, tuple[Tensor, Tensor]]]:
     """The surrogate energy whose Hessian at ``packed`` is the Gauss-Newton matrix.
 
@@ -69,6 +70,8 @@ def gauss_newton(
         jacobian: Whether the energy is that of unconstrained space.
         plain: Sites whose log-determinants are left out all the same.
         noncentered: Location-scale sites whose slots hold standardized values.
+        differentiable: Let the matrix have derivatives in the reference point and in the
+            parameters of the program; by default it is a constant.
 
     Returns:
         A function like that of :func:`guides.inference.units.energy_function`: packed
@@ -87,7 +90,7 @@ def gauss_newton(
         >>> torch.autograd.functional.hessian(total, u["data"]).item()  # 1 + (2 z / scale)**2
         145.0
     """
-    fixed = {name: value.detach() for name, value in packed.items()}
+    fixed = dict(packed) if differentiable else {k: v.detach() for k, v in packed.items()}
     off = frozenset(log_joint.layout.sites if not jacobian else plain)
 
     def run(point: Mapping[str, Tensor], **options: Any) -> SiteTerms:
@@ -97,6 +100,8 @@ def gauss_newton(
     surrogates: dict[str, Surrogate] = {}
     with torch.no_grad():
         moved = run({name: _moved(value) for name, value in fixed.items()}, density=False)
+    # Without gradients what the surrogates keep of this run is constant.
+    with torch.set_grad_enabled(differentiable):
         run(fixed, terms=_Building, surrogates=surrogates, plain=off, reference=moved)
 
     def energy(point: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -181,9 +186,9 @@ def _observed(fn: Any, value: Tensor, moved: Any) -> Surrogate:
     family = type(fn).__name__
     if family in ("Laplace", "Cauchy", "StudentT"):
         # Torch's divergence of two Laplace distributions has a kink where they agree.
-        loc, scale = fn.loc.detach(), fn.scale.detach()
+        loc, scale = fn.loc, fn.scale
         of_loc = _location_information(fn) / scale**2
-        df = fn.df.detach() if family == "StudentT" else torch.ones_like(scale)
+        df = fn.df if family == "StudentT" else torch.ones_like(scale)
         of_scale = torch.ones_like(scale) if family == "Laplace" else 2 * df / (df + 3)
         return lambda f, v: (
             0.5 * (of_loc * (f.loc - loc).square() + of_scale * (f.scale / scale).log().square())
@@ -217,7 +222,7 @@ def _transformed(fn: Any, value: Tensor) -> Surrogate:
             v = transform.inv(v)
         return location_scale.inverse(f.base_dist, v)
 
-    before = left(fn, value).detach()
+    before = left(fn, value)
     information = _location_information(unwrap(fn.base_dist))
 
     def square(f: Any, v: Tensor) -> Tensor:
@@ -231,7 +236,7 @@ def _transformed(fn: Any, value: Tensor) -> Surrogate:
 
 def _latent(fn: Any, value: Tensor, moved: Any, weight: Any) -> Surrogate:
     if location_scale.is_location_scale(fn) or type(fn).__name__ == "LogNormal":
-        before = _standardized(fn, value).detach()
+        before = _standardized(fn, value)
         information = _location_information(fn)
 
         def square(f: Any, v: Tensor) -> Tensor:
@@ -260,7 +265,7 @@ def _location_information(fn: Any) -> Any:
     family = type(fn).__name__
     if family == "Cauchy":
         return 0.5
-    return (fn.df + 1).detach() / (fn.df + 3).detach() if family == "StudentT" else 1.0
+    return (fn.df + 1) / (fn.df + 3) if family == "StudentT" else 1.0
 
 
 def _log_det(transform: Any, value: Tensor, event_dim: int) -> Tensor:
@@ -366,5 +371,16 @@ def _hessian(term: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
 def _positive_part(matrix: Tensor) -> Tensor:
     if matrix.shape[-1] == 1:
         return matrix.clamp_min(0.0)
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
-    return (vectors * values.clamp_min(0.0).unsqueeze(-2)) @ vectors.mT
+    symmetric = 0.5 * (matrix + matrix.mT)
+    values, vectors = torch.linalg.eigh(symmetric.detach())
+    kept = values.clamp_min(0.0)
+    positive = (vectors * kept.unsqueeze(-2)) @ vectors.mT
+    if not matrix.requires_grad:
+        return positive
+    # Daleckii and Krein: finite where eigenvalues agree, unlike the derivatives of vectors.
+    gap = values.unsqueeze(-1) - values.unsqueeze(-2)
+    close = gap.abs() <= 1e-6 * values.abs().amax(-1)[..., None, None]
+    rise = (kept.unsqueeze(-1) - kept.unsqueeze(-2)) / torch.where(close, 1.0, gap)
+    rise = torch.where(close, (values > 0).to(rise).unsqueeze(-1), rise)
+    change = vectors.mT @ (symmetric - symmetric.detach()) @ vectors
+    return positive + vectors @ (rise * change) @ vectors.mT

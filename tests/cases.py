@@ -21,6 +21,7 @@ from guides.inference import (
     HybridPredictiveCoding,
     IncrementalPredictiveCoding,
     LangevinPredictiveCoding,
+    LaplaceCorrected,
     PredictiveCoding,
 )
 from guides.objectives import RefinementELBO
@@ -114,12 +115,13 @@ class LoopCase:
     """How a loop is built in tests, which guides it meets, and whose parameters it moves.
 
     ``guides`` None is every core guide; a loop to which a guide is only a start, or nothing,
-    meets every model once.
+    meets every model once. ``refused`` are models that the loop refuses, and a word of its error.
     """
 
     build: Callable[[Any, Any, pyro.optim.PyroOptim], Any]
     guides: tuple[str, ...] | None = None
     learns: tuple[str, ...] = ("model",)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 _BOTH = ("model", "guide")
@@ -154,6 +156,17 @@ LOOP_CASES = {
             model, optim, num_steps=3, num_mixing=2, num_samples=2
         ),
         guides=("normal",),
+    ),
+    "laplace_corrected": LoopCase(
+        lambda model, guide, optim: LaplaceCorrected(
+            model, optim, num_steps=3, newton_steps=2, hessian="gauss_newton"
+        ),
+        guides=("normal",),
+        # Densities without a Fisher information, at states that are no modes.
+        refused={
+            "slcp": "not positive definite at site 'theta'",
+            "gaussian_mixture": "not positive definite at site 'theta'",
+        },
     ),
     "predictive_coding": LoopCase(
         lambda model, guide, optim: PredictiveCoding(model, optim, guide=guide, num_steps=3)

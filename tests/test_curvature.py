@@ -20,6 +20,7 @@ from guides.inference import (
     laplace,
 )
 from guides.inference.curvature import hessian
+from guides.inference.newton import newton_direction
 from tests.pc_oracles import ORACLES
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -422,3 +423,17 @@ def test_gauss_newton_of_a_pushed_gaussian_is_that_of_its_residuals() -> None:
         jacobian = torch.func.jacrev(residual)(z[row])
         expected = torch.eye(2) + jacobian.mT @ jacobian
         assert (found[row] - expected).abs().max() < 1e-9
+
+
+def test_a_hessian_that_is_not_finite_is_refused_by_name() -> None:
+    blocks = {"local": torch.eye(2).expand(3, 2, 2).clone()}
+    blocks["local"][1, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"needs a finite Hessian.*Start from a guide"):
+        newton_direction({"data": torch.ones(3, 2)}, blocks, 1.0)
+    # Entries of far different sizes, which no rounding may turn into an error.
+    for dtype in (torch.float32, torch.float64):
+        root = torch.diag(torch.logspace(-12, 12, 7, dtype=dtype)) + torch.ones(7, 7, dtype=dtype)
+        wide = {"local": (root @ root.T).expand(2, 7, 7)}
+        step = newton_direction({"data": torch.ones(2, 7, dtype=dtype)}, wide, 1.0)["data"]
+        assert torch.isfinite(step).all()
+        assert (step.sum(-1) > 0).all()  # downhill

@@ -13,6 +13,7 @@ LOOPS = {
     ),
     "hybrid": "guides.inference.hybrid:HybridPredictiveCoding",
     "incremental": "guides.inference.incremental:IncrementalPredictiveCoding",
+    "laplace_corrected": "guides.inference.laplace_corrected:LaplaceCorrected",
     "svi": "guides.inference.svi:SVI",
     "predictive_coding": "guides.inference.predictive_coding:PredictiveCoding",
 }

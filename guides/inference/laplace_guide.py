@@ -31,7 +31,7 @@ from guides.recipe import Recipe
 from guides.schemes.scheme import Call
 from guides.sites import Group, Plate
 
-__all__ = ["IndefiniteHessianError", "Laplace", "laplace"]
+__all__ = ["IndefiniteHessianError", "Laplace", "check_definite", "laplace"]
 
 
 class IndefiniteHessianError(ValueError):
@@ -132,7 +132,7 @@ class Laplace(ProgramGuide):
         tril: dict[str, Tensor] = {}
         if "local" in blocks:
             local = _symmetric(blocks["local"])
-            _check_definite(local, read.group("data"), hessian)
+            check_definite(local, read.group("data"), hessian)
             tril["data"] = _scale_tril(local)
             if "cross" in blocks:
                 gain = torch.linalg.solve(local, blocks["cross"])  # (B, K, G)
@@ -142,7 +142,7 @@ class Laplace(ProgramGuide):
                 self.minibatch_estimate = read.scale != 1.0
         if "global" in blocks:
             schur = _symmetric(blocks["global"])
-            _check_definite(schur.unsqueeze(0), read.group("global"), hessian)
+            check_definite(schur.unsqueeze(0), read.group("global"), hessian)
             tril["global"] = _scale_tril(schur)
         for group in read.groups:
             self.register_buffer(f"loc_{group.name}", packed[group.name])
@@ -219,7 +219,17 @@ def _scale_tril(precision: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=False)
 
 
-def _check_definite(matrices: Tensor, group: Group, kind: str) -> None:
+def check_definite(matrices: Tensor, group: Group, kind: str) -> None:
+    """Raise, naming the site and the way on, unless Hessian blocks are positive definite.
+
+    Args:
+        matrices: ``(B, K, K)``, or ``(1, G, G)`` of global latents.
+        group: Whose block it is.
+        kind: Which Hessian it is.
+
+    Raises:
+        IndefiniteHessianError: Where one is not.
+    """
     if not bool(torch.isfinite(matrices).all()):
         names = ", ".join(repr(site.name) for site in group.sites)
         raise IndefiniteHessianError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from guides.energy import LogJoint
+from guides.inference.arrow import Arrow
 from guides.inference.curvature import hessian
 from guides.inference.units import energy_function
 
@@ -83,39 +84,45 @@ def newton(
 def newton_direction(
     grads: Mapping[str, Tensor], blocks: Mapping[str, Tensor], scale: float
 ) -> dict[str, Tensor]:
-    """The Newton step by group, from the gradient of the total energy and Hessian blocks."""
-    step: dict[str, Tensor] = {}
-    if "local" in blocks:
-        local = _positive(blocks["local"])
-        gradient = grads["data"] / scale
-        step["data"] = torch.cholesky_solve(gradient.unsqueeze(-1), local).squeeze(-1)
-    if "global" in blocks:
-        matrix, gradient = blocks["global"], grads["global"]
-        if "local" in blocks:
-            cross = blocks["cross"]  # (B, K, G)
-            gain = torch.cholesky_solve(cross, local)
-            matrix = matrix - scale * torch.einsum("bkg,bkh->gh", cross, gain)
-            gradient = gradient - scale * torch.einsum("bkg,bk->g", cross, step["data"])
-        factor = _positive(matrix)
-        step["global"] = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
-        if "local" in blocks:
-            step["data"] = step["data"] - gain @ step["global"]
-    return step
+    """The Newton step by group, from the gradient of the total energy and Hessian blocks.
+
+    Raises:
+        ValueError: Where a Hessian is not finite.
+    """
+    right = {k: v / scale if k == "data" else v for k, v in grads.items()}
+    return Arrow(blocks, scale, _Positive).solve(right)
 
 
-def _positive(matrix: Tensor) -> Tensor:
-    """Cholesky factor of a symmetric matrix with its eigenvalues made positive."""
-    symmetric = 0.5 * (matrix + matrix.mT)
-    try:
-        values, vectors = torch.linalg.eigh(symmetric)
-    except torch.linalg.LinAlgError:
-        # Entries of far different sizes; a plain gradient step of the largest one's scale.
-        size = symmetric.abs().amax((-2, -1), keepdim=True).sqrt()
-        return size * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    largest = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-    floor = 1e-6 * largest
-    values = torch.maximum(values.abs(), floor)
-    return torch.linalg.cholesky((vectors * values.unsqueeze(-2)) @ vectors.mT)
+class _Positive:
+    """Symmetric matrices with their eigenvalues made positive."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError(
+                "A Newton step needs a finite Hessian, and that of the energy is not: the latents "
+                "ran to the edge of what numbers can hold, or the data are of very different "
+                "sizes. Start from a guide (guide=), give latents a proper prior, scale the data "
+                'to unit size, or relax by gradients (solver="gradient").'
+            )
+        symmetric = 0.5 * (matrix + matrix.mT)
+        try:
+            values, self.vectors = torch.linalg.eigh(symmetric)
+        except torch.linalg.LinAlgError:
+            # Entries of far different sizes; a plain gradient step of the largest one's scale.
+            size = symmetric.abs().amax((-2, -1)).unsqueeze(-1)
+            values = size.expand(matrix.shape[:-1])
+            eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+            self.vectors = eye.expand(matrix.shape)
+        largest = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+        self.values = torch.maximum(values.abs(), 1e-6 * largest)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """The inverse times columns ``(..., K, R)``."""
+        return self.vectors @ ((self.vectors.mT @ right) / self.values.unsqueeze(-1))
+
+    def log_det(self) -> Tensor:
+        """The log determinants ``(...)``."""
+        return self.values.log().sum(-1)
 
 
 def _unit(factor: Tensor, value: Tensor) -> Tensor:
