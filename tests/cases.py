@@ -18,6 +18,7 @@ from guides.inference import (
     SVI,
     CompiledSVI,
     DivideAndConquer,
+    GeneralizedEM,
     HybridPredictiveCoding,
     IncrementalPredictiveCoding,
     LangevinPredictiveCoding,
@@ -135,6 +136,10 @@ LOOP_CASES = {
             model, guide, optim, RefinementELBO(), mode="graph"
         ),
         learns=_BOTH,
+    ),
+    "generalized_em": LoopCase(
+        lambda model, guide, optim: GeneralizedEM(model, optim, num_steps=3, weight_steps=2),
+        guides=("normal",),
     ),
     "hybrid": LoopCase(
         lambda model, guide, optim: HybridPredictiveCoding(model, optim, guide, num_steps=3),

@@ -11,6 +11,7 @@ LOOPS = {
     "langevin_predictive_coding": (
         "guides.inference.langevin_predictive_coding:LangevinPredictiveCoding"
     ),
+    "generalized_em": "guides.inference.generalized_em:GeneralizedEM",
     "hybrid": "guides.inference.hybrid:HybridPredictiveCoding",
     "incremental": "guides.inference.incremental:IncrementalPredictiveCoding",
     "laplace_corrected": "guides.inference.laplace_corrected:LaplaceCorrected",
@@ -25,6 +26,7 @@ _EXPORTS = {
     "Dependencies": "guides.inference.dependencies",
     "DivideAndConquer": "guides.inference.divide_and_conquer",
     "FixedPrediction": "guides.inference.fixed_prediction",
+    "GeneralizedEM": "guides.inference.generalized_em",
     "HybridPredictiveCoding": "guides.inference.hybrid",
     "IncrementalPredictiveCoding": "guides.inference.incremental",
     "IndefiniteHessianError": "guides.inference.laplace_guide",

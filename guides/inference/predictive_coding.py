@@ -211,8 +211,18 @@ class PredictiveCoding(CapturedStep):
             if found is not None:
                 return found
         log_joint = self._log_joint(args, kwargs)
+        energy, learning = self._learn(log_joint, lambda: self._outcome(log_joint))
+        if self._steps == 0:
+            self.frozen = warn_frozen(self.model, learning)
+        self._steps += 1
+        return float(energy)
+
+    def _learn(
+        self, log_joint: LogJoint, outcome: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, set[Tensor]]:
+        """One update of the parameters by a loss: what stands beside it, and what moved."""
         with poutine.trace(param_only=True) as trace:
-            energy, loss = self._outcome(log_joint)
+            beside, loss = outcome()
         params = {site["value"].unconstrained() for site in trace.trace.nodes.values()}
         params = {parameter for parameter in params if parameter.requires_grad}
         learning: set[Tensor] = set()
@@ -220,13 +230,10 @@ class PredictiveCoding(CapturedStep):
             loss.backward()
             self.gradient_evaluations += max(1, log_joint.layout.num_rows)
             learning = {parameter for parameter in params if parameter.grad is not None}
-        if self._steps == 0:
-            self.frozen = warn_frozen(self.model, learning)
         if learning:
             self.optim(learning)
             zero_grads(learning)
-        self._steps += 1
-        return float(energy)
+        return beside, learning
 
     def _outcome(self, log_joint: LogJoint) -> tuple[Tensor, Tensor]:
         """Relax and keep the globals: the energy there, and the loss to learn from."""
