@@ -384,4 +384,18 @@ FAULTS = [
         "result = centered / base.scale",
         ENERGY,
     ),
+    Fault(
+        "Adam in a graph divides before it multiplies",
+        "guides/capture/optimizers.py",
+        "return parameter - numbers[0] * mean / root",
+        "return parameter - numbers[0] * (mean / root)",
+        "tests/test_compiled_svi.py::test_parameters_have_the_bits_of_the_optimizers",
+    ),
+    Fault(
+        "tiny products of a graph are sums",
+        "guides/capture/products.py",
+        "if compiled and bias is None",
+        "if bias is None",
+        "tests/test_compiled_svi.py::test_parameters_have_the_bits_of_the_optimizers",
+    ),
 ]

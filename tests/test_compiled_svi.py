@@ -74,16 +74,9 @@ def check_equal(
     *,
     mode: str = "graph",
     tolerance: float = 1e-5,
-    sensitive: bool = False,
     **options: Any,
 ) -> CompiledSVI:
     losses, learned, _ = train(SVI, build, call, **options)
-    if sensitive:
-        # Where the program's own steps blow rounding up, no two runs agree to more than that.
-        moved = train(SVI, lambda: nudged(build), call, **options)[0]
-        error = max(abs(a - b) for a, b in zip(moved, losses, strict=True))
-        tolerance = max(tolerance, 10 * error / max(1.0, max(map(abs, losses))))
-        assert tolerance < 1e-6
     found, compiled, svi = train(CompiledSVI, build, call, mode=mode, **options)
     assert [kind.mode for kind in svi.compiled] == [mode], svi.compiled
     size = max(1.0, max(map(abs, losses)))
@@ -92,16 +85,6 @@ def check_equal(
     for name, value in learned.items():
         torch.testing.assert_close(compiled[name], value, atol=tolerance, rtol=tolerance)
     return svi
-
-
-def nudged(build: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """A pair whose parameters are off by about one unit in the last place."""
-    programs = build()
-    with torch.no_grad():
-        for program in programs:
-            for parameter in program.parameters():
-                parameter.mul_(1 + 2 * torch.finfo(parameter.dtype).eps)
-    return programs
 
 
 def pair(model_name: str, guide_name: str, dtype: torch.dtype) -> Any:
@@ -140,8 +123,7 @@ def test_steps_of_a_pair_are_those_of_the_program(guide_name: str) -> None:
 def test_hundred_steps_of_every_guide_are_those_of_the_program(guide_name: str) -> None:
     """Losses and parameters after 100 steps of the same noise, float64 to 1e-10."""
     build, args = pair(TWO_LEVELS, guide_name, torch.float64)
-    options = {"objective": RefinementELBO(), "sensitive": True}
-    check_equal(build, args, steps=100, tolerance=1e-10, **options)
+    check_equal(build, args, steps=100, tolerance=1e-10, objective=RefinementELBO())
 
 
 @pytest.mark.parametrize(
@@ -191,6 +173,25 @@ def test_optimizers(optim: Callable[[], Any]) -> None:
     svi = check_equal(build, (x, y), optim=optim, tolerance=1e-12)
     eager = "RMSprop" in str(optim().pt_optim_constructor)
     assert ("RMSprop" in str(svi.compiled[0].reason)) == eager
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "ClippedAdam"])
+def test_parameters_have_the_bits_of_the_optimizers(name: str, dtype: torch.dtype) -> None:
+    """Not to rounding: a program may blow the last bit up, and then nothing less compares."""
+    x, y = data(dtype=dtype)
+
+    def build() -> tuple[Any, Any]:
+        torch.set_default_dtype(dtype)
+        return regression, guides.make("multivariate_normal", regression, x, y)
+
+    def optim() -> Any:
+        return getattr(pyro.optim, name)({"lr": 0.03, "weight_decay": 0.1, "betas": (0.8, 0.99)})
+
+    learned = train(SVI, build, (x, y), optim=optim, steps=30)[1]
+    compiled = train(CompiledSVI, build, (x, y), optim=optim, steps=30, mode="graph")[1]
+    for key, value in learned.items():
+        assert torch.equal(compiled[key], value), key
 
 
 class Plain(nn.Module):

@@ -5,11 +5,15 @@
 Numbers that change from step to step (learning rates, bias corrections) are worked out in Python,
 in double precision as the optimizers do, and enter as a small table. The state tensors are those
 of the optimizer itself, changed in place, so that ordinary steps can go on from them.
+
+Adam's formulas are the operations of the optimizers in their order: some programs blow the last
+bit of a parameter up to any size within a hundred steps, and then only equal bits are equal.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,11 +86,15 @@ class _Adam(Rule):
         return [self.state["exp_avg"], self.state["exp_avg_sq"]]
 
     def coefficients(self, num_steps: int) -> Tensor:
-        t = _steps(float(self.state["step"]), num_steps)
         beta1, beta2 = self.group["betas"]
         lr = float(self.group["lr"])
-        decay = torch.full_like(t, 1 - lr * self.group["weight_decay"])
-        return torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt(), decay], -1)
+        decay = 1 - lr * self.group["weight_decay"]
+        # Python's powers, as the optimizer's: those of torch differ in the last bit.
+        rows = [
+            [lr / (1 - beta1**t), (1 - beta2**t) ** 0.5, decay]
+            for t in _steps(float(self.state["step"]), num_steps)
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
 
     def advance(self, num_steps: int) -> None:
         self.state["step"] += num_steps
@@ -99,12 +107,12 @@ class _Adam(Rule):
         if decay and decoupled:
             parameter = parameter * numbers[2]
         elif decay:
-            gradient = gradient + decay * parameter
+            gradient = gradient.add(parameter, alpha=decay)
         mean, square = state
-        mean = mean + (1 - beta1) * (gradient - mean)
-        square = square * beta2 + (1 - beta2) * gradient * gradient
-        parameter = parameter - numbers[0] * (mean / (square.sqrt() / numbers[1] + eps))
-        return parameter, [mean, square]
+        mean = mean.lerp(gradient, 1 - beta1)
+        square = (square * beta2).addcmul(gradient, gradient, value=1 - beta2)
+        root = square.sqrt() / numbers[1] + eps
+        return parameter - numbers[0] * mean / root, [mean, square]
 
 
 class _ClippedAdam(Rule):
@@ -120,10 +128,13 @@ class _ClippedAdam(Rule):
         return [self.state["exp_avg"], self.state["exp_avg_sq"]]
 
     def coefficients(self, num_steps: int) -> Tensor:
-        t = _steps(float(self.state["step"]), num_steps)
         beta1, beta2 = self.group["betas"]
-        lr = self.group["lr"] * self.group["lrd"] ** _steps(0.0, num_steps)
-        return (lr * (1 - beta2**t).sqrt() / (1 - beta1**t)).unsqueeze(-1)
+        lr = self.group["lr"]
+        rows = []
+        for t in _steps(float(self.state["step"]), num_steps):
+            lr *= self.group["lrd"]
+            rows.append([lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)])
+        return torch.tensor(rows, dtype=torch.float64)
 
     def advance(self, num_steps: int) -> None:
         self.state["step"] += num_steps
@@ -136,12 +147,12 @@ class _ClippedAdam(Rule):
         (beta1, beta2), eps, decay, clip, centered = self.fixed
         gradient = gradient.clamp(-clip, clip)
         if decay:
-            gradient = gradient + decay * parameter
+            gradient = gradient.add(parameter, alpha=decay)
         mean, square = state
-        mean = mean * beta1 + (1 - beta1) * gradient
+        mean = (mean * beta1).add(gradient, alpha=1 - beta1)
         deviation = gradient - mean if centered else gradient
-        square = square * beta2 + (1 - beta2) * deviation * deviation
-        return parameter - numbers[0] * (mean / (square.sqrt() + eps)), [mean, square]
+        square = (square * beta2).addcmul(deviation, deviation, value=1 - beta2)
+        return parameter - numbers[0] * mean / (square.sqrt() + eps), [mean, square]
 
 
 class _SGD(Rule):
@@ -185,9 +196,9 @@ class _SGD(Rule):
         return parameter - numbers[0] * direction, [buffer]
 
 
-def _steps(done: float, num_steps: int) -> Tensor:
+def _steps(done: float, num_steps: int) -> list[float]:
     """Numbers of the next steps, from one."""
-    return done + torch.arange(1, num_steps + 1, dtype=torch.float64)
+    return [done + i for i in range(1, num_steps + 1)]
 
 
 _RULES: dict[type, type[Rule]] = {

@@ -41,13 +41,17 @@ def as_calls() -> Iterator[None]:
         yield
 
 
-def choose_products(module: fx.GraphModule, *, libraries: bool = True) -> bool:
+def choose_products(
+    module: fx.GraphModule, *, libraries: bool = True, compiled: bool = True
+) -> bool:
     """Replace products that are faster by oneDNN on this machine.
 
     Args:
         module: A graph whose nodes carry shapes and strides, from
             :func:`guides.capture.graph.trace`.
         libraries: Whether to choose between libraries at all.
+        compiled: Whether a compiler follows, which fuses tiny products written as sums. Without
+            one a call is faster, and its bits are those of the program.
 
     Returns:
         Whether a product goes to oneDNN.
@@ -61,7 +65,7 @@ def choose_products(module: fx.GraphModule, *, libraries: bool = True) -> bool:
             bias, left, right = node.args
         else:
             continue
-        if bias is None and _is_tiny(left, right):
+        if compiled and bias is None and _is_tiny(left, right):
             # A call of a library costs more than the product; the compiler fuses this one.
             with graph.inserting_before(node):
                 terms = _tiny(graph, left, right)

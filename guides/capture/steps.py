@@ -77,7 +77,7 @@ def lower(
         with torch.no_grad():
             module = trace(function, [value.detach().clone() for value in inputs])
         share_equal_terms(module.graph)
-        chosen = choose_products(module, libraries=libraries)
+        chosen = choose_products(module, libraries=libraries, compiled=mode != "graph")
         module.recompile()
         return module, chosen
 
