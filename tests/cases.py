@@ -24,6 +24,7 @@ from guides.inference import (
     LangevinPredictiveCoding,
     LaplaceCorrected,
     PredictiveCoding,
+    TemporalPredictiveCoding,
 )
 from guides.objectives import RefinementELBO
 from tests.model_cases import MODEL_CASES
@@ -175,5 +176,11 @@ LOOP_CASES = {
     ),
     "predictive_coding": LoopCase(
         lambda model, guide, optim: PredictiveCoding(model, optim, guide=guide, num_steps=3)
+    ),
+    "temporal": LoopCase(
+        lambda model, guide, optim: TemporalPredictiveCoding(model, optim),
+        guides=("normal",),
+        # Programs without time are sequences of one step.
+        refused={"eight_schools": "outside the data plate"},
     ),
 }

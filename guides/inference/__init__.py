@@ -17,6 +17,7 @@ LOOPS = {
     "laplace_corrected": "guides.inference.laplace_corrected:LaplaceCorrected",
     "svi": "guides.inference.svi:SVI",
     "predictive_coding": "guides.inference.predictive_coding:PredictiveCoding",
+    "temporal": "guides.inference.temporal:TemporalPredictiveCoding",
 }
 
 _EXPORTS = {
@@ -39,6 +40,7 @@ _EXPORTS = {
     "PredictiveCoding": "guides.inference.predictive_coding",
     "Run": "guides.inference.running",
     "SVI": "guides.inference.svi",
+    "TemporalPredictiveCoding": "guides.inference.temporal",
     "ZeroDivergence": "guides.inference.zero_divergence",
     "laplace": "guides.inference.laplace_guide",
     "plateau": "guides.inference.running",

@@ -25,7 +25,7 @@ from guides.probe import Program
 from guides.schemes.local import Local
 from guides.schemes.scheme import Call
 from guides.sequences.context import Context
-from guides.sequences.steps import Step, read_steps
+from guides.sequences.steps import Step, read_steps, step_rows
 from guides.sites import Group
 
 __all__ = ["SequenceCall", "SequenceGuide"]
@@ -239,12 +239,7 @@ class SequenceGuide(ProgramGuide):
 
     def group_mask(self, group: Group) -> Tensor | None:
         """Rows that have the step of the group."""
-        masks = [site.mask for site in group.sites if site.mask is not None]
-        if group.plate is None or not masks:
-            return None
-        rows = masks[0].expand(group.sites[0].batch_shape).movedim(group.plate.dim, 0)
-        on = rows.reshape(rows.shape[0], -1).all(1)
-        return on.reshape(-1, *(1,) * (-group.plate.dim - 1))
+        return step_rows(group)
 
     def step_parameters(self, position: int, call: SequenceCall) -> Tensor:
         """Parameters of q of a step, ``(*S, B, P)``.

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from guides.layout import Layout
-from guides.sites import Observed
+from guides.sites import Group, Observed
 
-__all__ = ["Step", "read_steps"]
+__all__ = ["Step", "read_steps", "step_rows"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,20 @@ def read_steps(read: Layout) -> list[Step]:
                 "guide, which has networks for every site."
             )
     return steps
+
+
+def step_rows(group: Group) -> Tensor | None:
+    """Rows that have the step of a group of latents, ``(B, 1, .., 1)``; None where all have.
+
+    Args:
+        group: The latents of one step.
+    """
+    masks = [site.mask for site in group.sites if site.mask is not None]
+    if group.plate is None or not masks:
+        return None
+    rows = masks[0].expand(group.sites[0].batch_shape).movedim(group.plate.dim, 0)
+    on = rows.reshape(rows.shape[0], -1).all(1)
+    return on.reshape(-1, *(1,) * (-group.plate.dim - 1))
 
 
 def _dealt(latents: list[str], observed: list[str]) -> list[tuple[list[str], list[str]]]:
