@@ -28,6 +28,7 @@ _EXPORTS = {
     "DivideAndConquer": "guides.inference.divide_and_conquer",
     "FixedPrediction": "guides.inference.fixed_prediction",
     "GeneralizedEM": "guides.inference.generalized_em",
+    "HierarchicalGaussianFilter": "guides.inference.gaussian_filter",
     "HybridPredictiveCoding": "guides.inference.hybrid",
     "IncrementalPredictiveCoding": "guides.inference.incremental",
     "IndefiniteHessianError": "guides.inference.laplace_guide",
