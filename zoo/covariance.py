@@ -17,8 +17,9 @@ class Covariance(nn.Module):
         cholesky    A = lower triangular, diagonal exp(log_scale)      one-directional weights
         symmetric   A = exp(M), M symmetric                            mutual weights
 
-    Both reach every covariance, once. The inverse of A whitens: the triangular one by regressing
-    each unit on those before it, the symmetric one by lateral inhibition among all units, ZCA.
+    Both reach every covariance, once; it is A A', not A'A as the paper prints it. The inverse of
+    A whitens: the triangular one by regressing each unit on those before it, the symmetric one by
+    lateral inhibition among all units, ZCA.
 
     References:
         | Predictive coding, variational autoencoders, and biological connections (Marino, 2022)

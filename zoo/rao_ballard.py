@@ -69,9 +69,10 @@ class RaoBallard(Model):
 
     Each module explains one of M overlapping squares of an image; the second level, with M times
     their receptive field, predicts what all modules have found. f is the identity, tanh or the
-    logistic function. Its energy is the paper's: squared errors over variances at each level and
-    a quadratic penalty of the activities; relaxing it is the paper's dynamics. Pixels that lie
-    in several squares are data of each of them, as there.
+    logistic function. Its energy is the paper's: squared errors over variances at each level (for
+    which sigma stands in equations 23 and 24 of Marino, 2022) and a quadratic penalty of the
+    activities; relaxing it is the paper's dynamics. Pixels that lie in several squares are data
+    of each of them, as there.
 
     Under a normal prior the basis below is arbitrary up to rotations that the level above can
     follow; heavy tails make activities sparse and the basis vectors filters of their own, as in
