@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import random
 import threading
@@ -30,7 +31,15 @@ from torch.overrides import TorchFunctionMode
 
 from guides.capturing import capturing
 
-__all__ = ["CaptureError", "Draw", "Graph", "capture_graph", "share_equal_terms", "trace"]
+__all__ = [
+    "CaptureError",
+    "Draw",
+    "Graph",
+    "Metadata",
+    "capture_graph",
+    "share_equal_terms",
+    "trace",
+]
 
 
 _NORMAL = torch.ops.aten.normal_.default
@@ -323,14 +332,23 @@ def _targets(node: fx.Node) -> list[fx.Node]:
 
 
 @dataclass(frozen=True)
-class _Metadata:
+class Metadata:
+    """What is known of a tensor of a graph, beside its values."""
+
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
-    def transposed(self) -> _Metadata:
-        return _Metadata(self.shape[::-1], self.stride[::-1], self.dtype, self.device)
+    @classmethod
+    def contiguous(cls, shape: Sequence[int], like: Metadata) -> Metadata:
+        """Of a tensor of this shape whose numbers lie in order."""
+        stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        return cls(tuple(shape), tuple(stride), like.dtype, like.device)
+
+    def transposed(self) -> Metadata:
+        """Of the transpose of a matrix."""
+        return Metadata(self.shape[::-1], self.stride[::-1], self.dtype, self.device)
 
 
 @contextlib.contextmanager
@@ -346,7 +364,7 @@ def _cheap_metadata() -> Iterator[None]:
         if threading.get_ident() != owner:
             return original(value, include_real)
         if isinstance(value, Tensor):
-            return _Metadata(tuple(value.shape), value.stride(), value.dtype, value.device)
+            return Metadata(tuple(value.shape), value.stride(), value.dtype, value.device)
         if isinstance(value, (list, tuple)):
             return type(value)([metadata(item) for item in value])
         return value if isinstance(value, (int, float, bool)) else None

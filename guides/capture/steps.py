@@ -18,6 +18,7 @@ from guides.capture.graph import Draw, Graph, share_equal_terms, trace
 from guides.capture.optimizers import Rule
 from guides.capture.products import as_calls, choose_products
 from guides.capture.restarts import Stack
+from guides.capture.sums import join_products
 
 __all__ = ["MODES", "Steps", "choose_mode", "compiler_missing", "lower", "rng_devices"]
 
@@ -77,6 +78,8 @@ def lower(
         with torch.no_grad():
             module = trace(function, [value.detach().clone() for value in inputs])
         share_equal_terms(module.graph)
+        if join_products(module.graph):
+            share_equal_terms(module.graph)
         chosen = choose_products(module, libraries=libraries, compiled=mode != "graph")
         module.recompile()
         return module, chosen

@@ -189,8 +189,7 @@ class VariationalFilter(SequenceGuide):
         lam = predicted = self._predicted(group, known, call)
         x = None
         if self.observations:
-            assert call.context is not None
-            x = call.context[:, position]
+            x = call.context[position]
         for iteration in range(self.num_iterations):
             gradient = self._gradient(lam.detach(), group, known, call)
             if iteration and torch.is_grad_enabled() and lam.requires_grad:

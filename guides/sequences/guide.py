@@ -37,11 +37,11 @@ class SequenceCall(Call):
 
     Args:
         steps: Its steps.
-        context: Summaries of the observations, ``(B, T, H)``.
+        context: Summaries of the observations, ``(B, H)`` for every step.
     """
 
     steps: tuple[Step, ...] = ()
-    context: Tensor | None = field(default=None, repr=False)
+    context: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
 class SequenceGuide(ProgramGuide):
@@ -230,11 +230,12 @@ class SequenceGuide(ProgramGuide):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout
     ) -> SequenceCall:
         steps = tuple(read_steps(read))
-        context = None
+        context: tuple[Tensor, ...] = ()
         if hasattr(self, "network"):
             inputs = torch.stack([step.inputs for step in steps], 1).to(self.init)
             inputs = (inputs - self.shift) / self.scale
-            context = self.network(inputs, [step.mask for step in steps])
+            # Taken apart at once: the gradient of one step alone would be as large as all T.
+            context = self.network(inputs, [step.mask for step in steps]).unbind(1)
         return SequenceCall(self.model, args, dict(kwargs), read, steps=steps, context=context)
 
     def group_mask(self, group: Group) -> Tensor | None:
@@ -248,8 +249,7 @@ class SequenceGuide(ProgramGuide):
             position: Which step, from 0.
             call: The call, with the draws of the step before in ``upstream``.
         """
-        assert call.context is not None
-        context = call.context[:, position]  # (B, H)
+        context = call.context[position]  # (B, H)
         before = self._before(position, call)
         if self.combiner == "average":
             parts = list(context.split(self.network.recurrent, -1))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from guides.capturing import is_capturing
 from guides.layout import Layout
 from guides.sites import Group, Observed
 
@@ -91,7 +92,7 @@ def read_steps(read: Layout) -> list[Step]:
         parts = [_features(read.observed[name]) for name in observed]
         masks = [site_mask for name in latents if (site_mask := _mask(read, name)) is not None]
         mask = None if not masks else torch.stack(masks).all(0)
-        if any(not torch.equal(mask, own) for own in masks if mask is not None):
+        if _differ(mask, masks):
             raise ValueError(
                 f"The latents of one step, {', '.join(latents)}, have different masks. Mask a "
                 "step of a row as a whole."
@@ -137,6 +138,12 @@ def _dealt(latents: list[str], observed: list[str]) -> list[tuple[list[str], lis
     return [(latents[i * each : (i + 1) * each], [observed[i]]) for i in range(number)]
 
 
+def _differ(whole: Tensor | None, masks: list[Tensor]) -> bool:
+    if whole is None or is_capturing():
+        return False
+    return any(not torch.equal(whole, own) for own in masks)
+
+
 def _features(site: Observed) -> Tensor:
     value = site.rows().to(torch.get_default_dtype()) if not _floats(site) else site.rows()
     if site.mask is None:
@@ -155,7 +162,7 @@ def _mask(read: Layout, name: str) -> Tensor | None:
         return None
     rows = site.mask.expand(site.batch_shape).movedim(site.row_dim, 0)
     flat = rows.reshape(rows.shape[0], -1)
-    if not torch.equal(flat.all(1), flat.any(1)):
+    if not is_capturing() and not torch.equal(flat.all(1), flat.any(1)):
         raise ValueError(
             f"Latent site {name!r} is masked in part of a row. A guide of sequences switches "
             "whole steps of a row off: give the mask one number a row."
