@@ -198,10 +198,12 @@ def test_a_run_that_was_stopped_makes_the_updates_of_one_that_was_not(tmp_path: 
 
 def _moments(run: Training) -> list[torch.Tensor]:
     states = run.loop.optim.get_state()
+    paths = {name.partition(".")[2] + name.partition("$$$")[2]: name for name in states}
+    assert len(paths) == len(states)
     return [
         value["exp_avg"]
-        for name in sorted(states, key=lambda name: name.partition("$$$")[2])
-        for value in states[name]["state"].values()
+        for path in sorted(paths)
+        for value in states[paths[path]]["state"].values()
     ]
 
 

@@ -26,12 +26,19 @@ _LEAST = 3
 
 @dataclass(frozen=True)
 class _Product:
-    """``left.T @ right``, or its transpose; a column sum where there is no ``left``."""
+    """``left.T @ right``, or its transpose; the column sum of ``right`` without a ``left``.
+
+    Args:
+        left: ``(rows, M)``, or None.
+        right: ``(rows, N)``.
+        flipped: Whether the term is the transpose.
+        shape: Shape of a column sum.
+    """
 
     left: fx.Node | None
     right: fx.Node
-    flipped: bool
-    through: tuple[Any, ...]
+    flipped: bool = False
+    shape: tuple[int, ...] = ()
 
 
 def join_products(graph: fx.Graph) -> int:
@@ -56,7 +63,7 @@ def join_products(graph: fx.Graph) -> int:
             if found is None:
                 rest.append(leaf)
             else:
-                kind = (found.left is None, found.flipped, found.through, _types(found))
+                kind = (found.left is None, found.flipped, found.shape, _types(found))
                 groups.setdefault(kind, []).append(found)
         if not any(len(members) >= _LEAST for members in groups.values()):
             continue
@@ -109,36 +116,38 @@ def _leaves(root: fx.Node) -> list[fx.Node]:
 
 def _product(leaf: fx.Node) -> _Product | None:
     """What a term is, where nothing but the sum reads it."""
-    node, flipped, through = leaf, False, ()
-    while len(node.users) == 1:
-        if node.target is _ATEN.t.default:
-            node, flipped = node.args[0], not flipped  # type: ignore[assignment]
-        elif node.target is _ATEN.view.default and not through and node is leaf:
-            node, through = node.args[0], tuple(node.args[1])  # type: ignore[assignment,arg-type]
-        elif node.target is _ATEN.mm.default and not through:
-            left, right = node.args
-            if not isinstance(left, fx.Node) or left.target is not _ATEN.t.default:
-                return None
-            source = left.args[0]
-            if _shape(source) is None or _shape(right) is None:
-                return None
-            return _Product(source, right, flipped, ())  # type: ignore[arg-type]
-        elif node.target is _ATEN.sum.dim_IntList and not flipped and not node.kwargs:
-            source, axes, *keep = node.args
-            shape = _shape(source)
-            if list(axes) != [0] or shape is None or len(shape) != 2:  # type: ignore[call-overload]
-                return None
-            if not keep and through:
-                return None
-            return _Product(None, source, False, through or (("keep",) if keep else ()))  # type: ignore[arg-type]
-        else:
-            return None
-    return None
+    node, flipped = leaf, False
+    while node.target is _ATEN.t.default and len(node.users) == 1:
+        (node,), flipped = node.all_input_nodes, not flipped
+    if len(node.users) != 1:
+        return None
+    if node.target is _ATEN.mm.default:
+        left, right = node.args
+        if isinstance(left, fx.Node) and left.target is _ATEN.t.default:
+            (source,) = left.all_input_nodes
+            if isinstance(right, fx.Node) and _shape(source) and _shape(right):
+                return _Product(source, right, flipped)
+        return None
+    shape = _shape(leaf)
+    if node is leaf and node.target is _ATEN.view.default:
+        (node,) = node.all_input_nodes
+    if flipped or shape is None or not _sums_columns(node):
+        return None
+    (source,) = node.all_input_nodes
+    return _Product(None, source, shape=shape)
+
+
+def _sums_columns(node: fx.Node) -> bool:
+    """Whether the node is the sum of a matrix over its rows, read once."""
+    if node.target is not _ATEN.sum.dim_IntList or node.kwargs or len(node.users) != 1:
+        return False
+    (source,) = node.all_input_nodes
+    return len(_shape(source) or ()) == 2 and node.args[1] == [0]
 
 
 def _types(product: _Product) -> Any:
     parts = (product.right,) if product.left is None else (product.left, product.right)
-    return tuple((node.meta["val"].dtype, _shape(node)[1:]) for node in parts)  # type: ignore[index]
+    return tuple((node.meta["val"].dtype, node.meta["val"].shape[1:]) for node in parts)
 
 
 def _joined(graph: fx.Graph, members: list[_Product]) -> fx.Node:
@@ -148,14 +157,11 @@ def _joined(graph: fx.Graph, members: list[_Product]) -> fx.Node:
     if first.left is None:
         total = graph.call_function(_ATEN.sum.dim_IntList, (right, [0], True))
         total.meta["val"] = Metadata.contiguous((1, value.shape[1]), value)
-        shape = (1, value.shape[1]) if first.through == ("keep",) else first.through
-        shape = shape or (value.shape[1],)
-        result = graph.call_function(_ATEN.view.default, (total, list(shape)))
-        result.meta["val"] = Metadata.contiguous(shape, value)
+        result = graph.call_function(_ATEN.view.default, (total, list(first.shape)))
+        result.meta["val"] = Metadata.contiguous(first.shape, value)
         return result
     left = _stacked(graph, [member.left for member in members if member.left is not None])
-    turned = _turned(graph, left)
-    result = graph.call_function(_ATEN.mm.default, (turned, right))
+    result = graph.call_function(_ATEN.mm.default, (_turned(graph, left), right))
     shape = (left.meta["val"].shape[1], value.shape[1])
     result.meta["val"] = Metadata.contiguous(shape, value)
     return _turned(graph, result) if first.flipped else result
