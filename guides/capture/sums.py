@@ -10,6 +10,7 @@ multiplications of the step; one product of all rows writes it once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ __all__ = ["join_products"]
 
 _ATEN = torch.ops.aten
 _LEAST = 3
+_NUMBERS = 100_000
+"""Numbers of all terms below which nothing is saved that is worth another order of rounding."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class _Product:
     shape: tuple[int, ...] = ()
 
 
-def join_products(graph: fx.Graph) -> int:
+def join_products(graph: fx.Graph, *, numbers: int = _NUMBERS) -> int:
     """Replace sums of at least three products, or of column sums, by one of all their rows.
 
     Args:
         graph: A graph whose nodes carry shapes, from :func:`guides.capture.graph.trace`.
+        numbers: Least size of a sum's terms together; smaller sums stay as they are, in the
+            order of the program.
 
     Returns:
         How many sums were replaced.
@@ -58,7 +63,10 @@ def join_products(graph: fx.Graph) -> int:
             continue
         groups: dict[Any, list[_Product]] = {}
         rest: list[fx.Node] = []
-        for leaf in _leaves(root):
+        leaves = _leaves(root)
+        if len(leaves) * math.prod(_shape(root) or ()) < numbers:
+            continue
+        for leaf in leaves:
             found = _product(leaf)
             if found is None:
                 rest.append(leaf)
