@@ -237,7 +237,12 @@ def pairs() -> tuple[list[list[str]], list[tuple[str, str, str]], list[str]]:
 
 def objectives() -> list[list[str]]:
     """An objective a row and a family a column."""
-    words = {None: "graph", "a density": "no density", "points": "cannot score points"}
+    words = {
+        None: "graph",
+        "a density": "no density",
+        "points": "cannot score points",
+        "a guide of sequences": "no sequence",
+    }
     return [
         [name, *(words[NO_SUCH_OBJECTIVE.get((name, family))] for family in OBJECTIVE_FAMILIES)]
         for name in OBJECTIVE_CASES

@@ -274,7 +274,10 @@ class ProgramGuide(PyroModule):
                 with self._pyro_context:
                     q = self.group_distribution(group, call, upstream) if upstream else first
                 value = group.batch(packed[group.name])
-                log_q[group.name] = q.log_prob(value).reshape(group.shape[:-1])
+                score = q.log_prob(value)
+                if (mask := self.group_mask(group)) is not None:
+                    score = torch.where(mask, score, torch.zeros_like(score))
+                log_q[group.name] = score.reshape(group.shape[:-1])
                 upstream[group.name] = value
             return log_q
 

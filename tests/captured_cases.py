@@ -13,6 +13,7 @@ from typing import Any
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from guides.objectives import (
+    FIVO,
     IWELBO,
     STL,
     AnalyticELBO,
@@ -55,6 +56,7 @@ OBJECTIVE_CASES: dict[str, Callable[[], Any]] = {
     "IWELBO": lambda: IWELBO(num_particles=2),
     "DReG": lambda: DReG(num_particles=2),
     "Renyi": lambda: Renyi(0.5, num_particles=2),
+    "FIVO": FIVO,
     "ForwardKL": ForwardKL,
     "RefinementELBO": RefinementELBO,
 }
@@ -64,6 +66,7 @@ OBJECTIVE_FAMILIES = ("delta", "normal", "multivariate_normal", "mixture", "auxi
 
 NO_SUCH_OBJECTIVE = {
     **{(name, "delta"): "a density" for name in ("STL", "IWELBO", "DReG", "Renyi", "ForwardKL")},
+    **{("FIVO", family): "a guide of sequences" for family in OBJECTIVE_FAMILIES},
     **{(name, "auxiliary"): "points" for name in ("STL", "DReG", "ForwardKL")},
 }
 """What an objective refuses itself, captured or not, and a word of its message."""

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "iwelbo": "guides.objectives.iwelbo:IWELBO",
     "dreg": "guides.objectives.dreg:DReG",
     "renyi": "guides.objectives.renyi:Renyi",
+    "fivo": "guides.objectives.fivo:FIVO",
     "forward_kl": "guides.objectives.forward_kl:ForwardKL",
     "refinement_elbo": "guides.objectives.refinement:RefinementELBO",
 }

@@ -41,12 +41,14 @@ class GroupDraws:
         value: The draws at the plates' dimensions, ``(S, B, 1, .., 1, K)`` or ``(S, K)``.
         seen: Draws of the groups before it, as its q saw them; tensors of its own, so that a
             derivative with respect to them is that of this q alone.
+        mask: Rows whose latents count, ``(B, 1, .., 1)``; None for all of them.
     """
 
     group: Group
     q: TorchDistribution
     value: Tensor
     seen: dict[str, Tensor]
+    mask: Tensor | None = None
 
     @property
     def num_draws(self) -> int:
@@ -60,13 +62,13 @@ class GroupDraws:
 
     def log_q(self, value: Tensor | None = None) -> Tensor:
         """Log density of the draws, or of other points of the same shape; ``(S, B)``, ``(S,)``."""
-        score = self.q.log_prob(self.value if value is None else value)
+        score = self._counted(self.q.log_prob(self.value if value is None else value))
         return score.reshape(self.num_draws, *self.group.shape[:-1])
 
     def entropy(self) -> Tensor | None:
         """Entropy given the draws before, ``(S, B)`` or ``(S,)``; None without closed form."""
         try:
-            found = self.q.entropy()
+            found = self._counted(self.q.entropy())
         except NotImplementedError:
             return None
         rows = self.group.shape[:-1]
@@ -74,6 +76,9 @@ class GroupDraws:
             : found.dim() - (0 if self.group.plate is None else -self.group.plate.dim)
         ]
         return found.reshape((*lead, *rows)).expand((self.num_draws, *rows))
+
+    def _counted(self, term: Tensor) -> Tensor:
+        return term if self.mask is None else torch.where(self.mask, term, torch.zeros_like(term))
 
     def spread(self, moment: Tensor) -> Tensor:
         """A moment of q for every draw, ``(S, B, K)`` or ``(S, K)``."""
@@ -175,7 +180,7 @@ def draw_packed(
             # q of a group with upstream draws is batched over them already.
             batched = len(q.batch_shape) > (0 if group.plate is None else num_batch)
             value = q.rsample(() if batched else (count,))
-            drawn.append(GroupDraws(group, q, value, seen))
+            drawn.append(GroupDraws(group, q, value, seen, guide.group_mask(group)))
             ones = (1,) * num_batch
             upstream[group.name] = (
                 value.reshape(count, *ones, group.size) if group.plate is None else value

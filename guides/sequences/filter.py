@@ -182,6 +182,13 @@ class VariationalFilter(SequenceGuide):
             pyro.factor(f"_{self._pyro_name}_iterations", total - total.detach(), has_rsample=True)
         return values
 
+    def _call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout
+    ) -> SequenceCall:
+        # Objectives that draw from the steps themselves take no gradients of earlier iterations.
+        self._surrogates = []
+        return super()._call(args, kwargs, read)
+
     def step_parameters(self, position: int, call: SequenceCall) -> Tensor:
         """Parameters of q of a step after all iterations, ``(*S, B, P)``."""
         group = self._group(position, call)

@@ -235,7 +235,9 @@ class SequenceGuide(ProgramGuide):
             inputs = torch.stack([step.inputs for step in steps], 1).to(self.init)
             inputs = (inputs - self.shift) / self.scale
             # Taken apart at once: the gradient of one step alone would be as large as all T.
-            context = self.network(inputs, [step.mask for step in steps]).unbind(1)
+            # Objectives ask for a call outside of forward, where parameters would not be seen.
+            with self._pyro_context:
+                context = self.network(inputs, [step.mask for step in steps]).unbind(1)
         return SequenceCall(self.model, args, dict(kwargs), read, steps=steps, context=context)
 
     def group_mask(self, group: Group) -> Tensor | None:
