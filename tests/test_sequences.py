@@ -278,6 +278,65 @@ def test_a_sequence_guide_is_saved_and_loaded(tmp_path) -> None:
         assert torch.equal(fresh.locations(longer)[name], value)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("mean_field_smoothing_normal", 2),
+        ("filtering_normal", 2),
+        ("two_sided_smoothing_normal", 3),
+    ],
+)
+def test_a_product_of_experts_is_the_product_of_their_densities(name: str, experts: int) -> None:
+    """Up to its normalizer, which for two Gaussians has a closed form too; ragged rows train."""
+    torch.manual_seed(0)
+    model = zoo.StateSpace(z_dim=2, x_dim=2, num_steps=3)
+    x = model(size=4).detach()
+    guide = guides.make(name, model, x, recurrent=4, combiner="product")
+    start = guide.family.distribution(guide.init)
+    with torch.no_grad():
+        for head in guide.product.heads:
+            head.weight.zero_()
+        found = guide.family.distribution(guide.step_parameters(0, call_of(guide, x)))
+        assert (found.mean - start.mean).abs().max() < 1e-12
+        assert (found.stddev - start.stddev).abs().max() < 1e-6
+        for head in guide.product.heads:
+            head.weight.normal_()
+    call = call_of(guide, x)
+    summaries = list(call.context[0].split(4, -1))
+    summaries += [guide._before(0, call)] if guide.markov else []
+    parts = [dist.Normal(*part) for part in guide.product.experts(summaries)]
+    assert len(parts) == experts
+    q = guide.family.distribution(guide.step_parameters(0, call)).base_dist
+    points = torch.linspace(-1.0, 1.0, 7)[:, None, None]
+    excess = sum(part.log_prob(points) for part in parts) - q.log_prob(points)  # (7, B, K)
+    assert (excess - excess[0]).abs().max() < 1e-6
+    if experts == 2:
+        one, other = parts
+        apart = dist.Normal(one.loc, (one.scale**2 + other.scale**2).sqrt())
+        assert (excess[0] - apart.log_prob(other.loc)).abs().max() < 1e-6
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    before = {n: p.detach().clone() for n, p in guide.named_parameters()}
+    for _ in range(2):
+        assert torch.isfinite(torch.tensor(svi.step(x, torch.tensor([3, 1, 2, 3]))))
+    assert not [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
+
+
+def call_of(guide: Any, x: torch.Tensor) -> Any:
+    return guide._call((x,), {}, guide._layout((x,), {}, None))
+
+
+def test_a_product_needs_two_experts_that_are_gaussian() -> None:
+    model = zoo.StateSpace(num_steps=3)
+    x = model(size=4).detach()
+    for name, message in (
+        ("mean_field_normal", "two or more experts"),
+        ("filtering_multivariate_normal", "needs the family normal; got MultivariateNormal"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guides.make(name, model, x, combiner="product")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_smoothing_reaches_the_evidence_and_filtering_the_best_of_its_form() -> None:

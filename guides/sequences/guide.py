@@ -25,6 +25,7 @@ from guides.probe import Program
 from guides.schemes.local import Local
 from guides.schemes.scheme import Call
 from guides.sequences.context import Context
+from guides.sequences.product import Product
 from guides.sequences.steps import Step, read_steps, step_rows
 from guides.sites import Group
 
@@ -56,6 +57,10 @@ class SequenceGuide(ProgramGuide):
         h_t   = (tanh(A z_{t-1} + a) + l_t + r_t) / number of terms
         lam_t = init + W h_t
 
+    and with ``combiner="product"`` each of z_{t-1}, l_t and r_t has a Gaussian of its own, which
+    are multiplied (:mod:`guides.sequences.product`): without z_{t-1}, in
+    ``mean_field_smoothing_normal``, the mean-field network from left and right (MF-LR).
+
     Steps that a mask switches off count neither in q nor in the model.
 
     References:
@@ -75,7 +80,7 @@ class SequenceGuide(ProgramGuide):
         recurrent: Size of the recurrent states.
         cell: ``"gru"``, ``"lstm"`` or ``"rnn"``.
         hidden: Width of the hidden layer of the ``"network"`` combiner.
-        combiner: ``"network"`` or ``"average"``.
+        combiner: ``"network"``, ``"average"`` or ``"product"``.
         model_kwargs: Keyword arguments of the example call.
         data_plate: See :func:`guides.layout.layout`.
         name: Prefix of the guide's parameters in Pyro's store; unique by default.
@@ -123,8 +128,10 @@ class SequenceGuide(ProgramGuide):
     ) -> None:
         kwargs = {} if model_kwargs is None else dict(model_kwargs)
         super().__init__(model, args, kwargs, data_plate=data_plate, name=name)
-        if combiner not in ("network", "average"):
-            raise ValueError(f'combiner must be "network" or "average", got {combiner!r}.')
+        if combiner not in ("network", "average", "product"):
+            raise ValueError(
+                f'combiner must be "network", "average" or "product", got {combiner!r}.'
+            )
         if hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}.")
         self.past, self.future, self.markov = past, future, markov
@@ -175,6 +182,11 @@ class SequenceGuide(ProgramGuide):
         def linear(features: int, out: int) -> nn.Linear:
             return nn.Linear(features, out).to(init)
 
+        if self.combiner == "product":
+            widths = [recurrent] * (int(self.past) + int(self.future))
+            widths += [size] if self.markov else []
+            self.product = Product(self.family, init, widths)
+            return
         if self.combiner == "average":
             if not (self.past or self.future):
                 raise ValueError(
@@ -253,6 +265,10 @@ class SequenceGuide(ProgramGuide):
         """
         context = call.context[position]  # (B, H)
         before = self._before(position, call)
+        if self.combiner == "product":
+            seen = list(context.split(self.network.recurrent, -1))
+            multiplied: Tensor = self.product(seen if before is None else [*seen, before])
+            return multiplied
         if self.combiner == "average":
             parts = list(context.split(self.network.recurrent, -1))
             if self.of_draw is not None and before is not None:
