@@ -206,6 +206,8 @@ def studies() -> str:
         ("pc_chains", _chains),
         ("pc_decoder", _decoder),
         ("pc_classifier", _classifier),
+        ("jsb_chorales", _chorales),
+        ("moving_digits", _digits),
         ("speed", _speed),
     ):
         file = RECORDS.parent / name / "study.jsonl"
@@ -323,6 +325,47 @@ def _decoder(found: Found) -> str:
         rows.append([method, loose, "", "", ""])
     header = ["Learned by", "Squared error a pixel, or evidence", "Seeds, 1e-3", "Published"]
     return table([*header, "Minutes of one core"], rows, "lrrrr")
+
+
+def _by_seed(found: Found, value: str) -> dict[str, list[dict[str, Any]]]:
+    """Runs of every method that have this value."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for (method, *_), values in found.items():
+        if value in values:
+            runs.setdefault(method, []).append(values)
+    return runs
+
+
+def _chorales(found: Found) -> str:
+    """Bounds a time step by method, beside those of the count models."""
+    rows = []
+    for method, runs in _by_seed(found, "nats").items():
+        nats = [run["nats"] for run in runs]
+        rows.append(
+            [
+                method,
+                f"{statistics.mean(nats):.3f}",
+                ", ".join(f"{value:.3f}" for value in nats),
+                f"{statistics.mean(run['validation'] for run in runs):.3f}",
+                f"{max(run['train_cpu_seconds'] for run in runs) / 60:.0f}",
+                f"{runs[0]['independent_notes']:.2f} / {runs[0]['markov_notes']:.2f}",
+            ]
+        )
+    header = ["q", "Nats a step, test", "Seeds", "Validation", "Minutes of one core"]
+    return table([*header, "Independent / Markov notes"], rows, "lrrrrr")
+
+
+def _digits(found: Found) -> str:
+    """Bounds a pixel with and without a flow."""
+    rows = []
+    for method, runs in _by_seed(found, "nats_per_pixel").items():
+        nats = [run["nats_per_pixel"] for run in runs]
+        each = ", ".join(f"{value:.3f}" for value in nats)
+        minutes = f"{max(run['train_cpu_seconds'] for run in runs) / 60:.1f}"
+        parameters = f"{runs[0]['parameters']:,}"
+        rows.append([method, f"{statistics.mean(nats):.3f}", each, parameters, minutes])
+    header = ["Model", "Nats a pixel, test", "Seeds", "Parameters", "Minutes of one core"]
+    return table(header, rows, "lrrrr")
 
 
 def _classifier(found: Found) -> str:

@@ -220,13 +220,25 @@ def test_weights_of_the_best_look_are_scored() -> None:
         assert {int(beta) for beta in (1 / run._call(0, run.parts[0], 99)[2],)} == {1}
 
 
+def test_pieces_are_all_steps_of_their_sequences_once() -> None:
+    data = chorales()
+    cut = jsb_chorales.pieces(data, 2)
+    assert cut.train_lengths.tolist() == [2, 2, 2, 1, 2, 1, 2, 2, 2, 2, 2, 1, 2, 2]
+    assert cut.train.shape == (14, 2, 5)
+    assert torch.equal(cut.train[1:4].reshape(-1, 5)[:5], data.train[1, :5])
+    assert float(cut.train.sum()) == float(data.train.sum())
+    assert cut.validation_lengths is not None
+    assert int(cut.validation_lengths.sum()) == int(data.validation_lengths.sum())
+    assert cut.test is data.test
+
+
 def test_the_study_of_chorales_is_resumed(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     small = {"network": 4, "num_iterations": 2}
     methods = {
         "smoothing": jsb_chorales.Method(
             model_of, "smoothing_normal", {"recurrent": 4, "combiner": "average"}, SETTINGS
         ),
-        "filter": jsb_chorales.Method(model_of, "iterative_filtering_normal", small, SETTINGS),
+        "filter": jsb_chorales.Method(model_of, "iterative_filtering_normal", small, SETTINGS, 2),
     }
     monkeypatch.setattr(jsb_chorales, "METHODS", methods)
     monkeypatch.setattr(jsb_chorales.jsb_chorales, "load", chorales)

@@ -139,6 +139,54 @@ def test_an_iterative_filter_learns_from_every_iteration_and_scales_as_the_plate
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", [f"{scheme}_normal" for scheme in SEQUENCE_SCHEMES])
+def test_a_row_that_is_masked_throughout_counts_for_nothing(name: str) -> None:
+    def model(x: torch.Tensor, on: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x))
+            for t in range(x.shape[1]):
+                with poutine.mask(mask=on[:, t]):
+                    z = pyro.sample(f"z_{t}", dist.Normal(0.9 * z, 1.0))
+                    pyro.sample(f"x_{t}", dist.Normal(z, 0.5), obs=x[:, t])
+
+    x = torch.randn(4, 3)
+    on = torch.tensor([[True] * 3, [False] * 3, [True, True, False], [True, False, False]])
+    guide = guides.make(name, model, x, on, **small(name))
+    trace = poutine.trace(guide).get_trace(x, on)
+    replayed = poutine.trace(poutine.replay(model, trace)).get_trace(x, on)
+    for part in (trace, replayed):
+        part.compute_log_prob()
+        sites = [s for n, s in part.nodes.items() if s["type"] == "sample" and n != "data"]
+        rows = [s["log_prob"] for s in sites if s["log_prob"].dim()]
+        assert len(rows) >= 6
+        assert all((row[1] == 0).all() and torch.isfinite(row).all() for row in rows)
+    others = [0, 2, 3]
+    if not name.startswith("iterative"):  # which draws its own gradients
+        whole, alone = guide.locations(x, on), guide.locations(x[others], on[others])
+        for site, value in alone.items():
+            seen = on[others][:, int(site.removeprefix("z_"))]
+            assert (whole[site][others] - value)[seen].abs().max() < 1e-12
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(torch.isfinite(torch.tensor(svi.step(x, on))) for _ in range(2))
+    assert all(torch.isfinite(p).all() for p in guide.parameters())
+    nothing = torch.zeros_like(on)
+    assert abs(svi.evaluate_loss(x, nothing)) < 1e-12
+
+
+@pytest.mark.parametrize("model_name", SEQUENCE_MODELS)
+def test_an_empty_sequence_is_refused(model_name: str) -> None:
+    case = MODEL_CASES[model_name]
+    model = case.build()
+    (x,) = case.args(model)
+    lengths = torch.ones(len(x), dtype=torch.int64)
+    lengths[0] = 0
+    with pytest.raises(ValueError, match="Leave empty sequences out"):
+        guides.make("smoothing_normal", model, x, lengths, **SMALL)
+    with pytest.raises(ValueError, match="at least one time step"):
+        model(x[:, :0])
+
+
+@pytest.mark.usefixtures("float64")
 def test_the_backward_network_starts_where_a_row_ends() -> None:
     model = zoo.StateSpace(z_dim=1, x_dim=2, num_steps=5)
     x = model(size=2).detach()
