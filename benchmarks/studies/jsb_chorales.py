@@ -36,7 +36,7 @@ RECORDS = Path(__file__).parents[1] / "records" / "jsb_chorales" / "study.jsonl"
 
 _KRISHNAN = {"recurrent": 600, "cell": "rnn", "combiner": "average"}
 _DEEP = Settings(epochs=600, rate=3e-3, last=0.05, warm=0.4)
-_FILTER = Settings(epochs=20, rate=2e-3, last=0.1, warm=0.2, batch=100, shapes=1, every=2, draws=1)
+_FILTER = Settings(epochs=30, rate=2e-3, warm=0.2, batch=100, shapes=1, every=5, draws=1)
 _PIECE = 10
 """Steps of a piece that filters are trained on: a step of theirs costs as many as came before."""
 
