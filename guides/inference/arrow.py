@@ -56,12 +56,12 @@ class Arrow:
         factor: How a block is factorized.
 
     Example:
-        >>> local, cross = torch.tensor([[[2.0]]]), torch.tensor([[[1.0]]])
-        >>> arrow = Arrow({"local": local, "cross": cross, "global": torch.tensor([[1.0]])}, 1.0)
-        >>> arrow.solve({"data": torch.tensor([[3.0]]), "global": torch.tensor([2.0])})
+        >>> local, cross = torch.tensor([[[4.0]]]), torch.tensor([[[2.0]]])
+        >>> arrow = Arrow({"local": local, "cross": cross, "global": torch.tensor([[2.0]])}, 1.0)
+        >>> arrow.solve({"data": torch.tensor([[6.0]]), "global": torch.tensor([4.0])})
         {'data': tensor([[1.]]), 'global': tensor([1.])}
-        >>> bool(arrow.log_det().abs() < 1e-6)  # of [[2, 1], [1, 1]]
-        True
+        >>> arrow.log_det().exp().round().item()  # of [[4, 2], [2, 2]]
+        4.0
     """
 
     def __init__(
