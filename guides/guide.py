@@ -38,7 +38,7 @@ from guides.schemes.scheme import Call, Scheme
 from guides.sites import Group, Site
 from guides.supports import support_numbers
 
-__all__ = ["Guide", "ProgramGuide", "start_of"]
+__all__ = ["Guide", "ProgramGuide", "start_of", "upstream_of"]
 
 _COUNTER = itertools.count()
 
@@ -296,7 +296,7 @@ class ProgramGuide(PyroModule):
         located: dict[str, Tensor] = {}
         with self._pyro_context:
             for group in read.groups:
-                located[group.name] = self.group_location(group, _given(call, located))
+                located[group.name] = self.group_location(group, upstream_of(call, located))
         return read.constrain(located)
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout) -> Call:
@@ -610,7 +610,7 @@ class Guide(ProgramGuide):
         located: dict[str, Tensor] = {}
         with self._pyro_context:
             for group in read.groups:
-                found[group.name] = self.schemes[group.name](group, _given(call, located))
+                found[group.name] = self.schemes[group.name](group, upstream_of(call, located))
                 located[group.name] = self.families[group.name].location(found[group.name])
         return found
 
@@ -698,7 +698,7 @@ def _cover(site: str, keys: Sequence[str], covered: Mapping[str, Sequence[str]])
     return f"leave out {widest!r}."
 
 
-def _given(call: Call, located: Mapping[str, Tensor]) -> Call:
+def upstream_of(call: Call, located: Mapping[str, Tensor]) -> Call:
     """The call with the groups before held at these packed values."""
     upstream = {
         name: call.layout.group(name).batch(value)  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ import guides
 from guides.grid import cell_name, refusal
 from guides.inference import (
     SVI,
+    BidirectionalPredictiveCoding,
     CompiledSVI,
     DivideAndConquer,
     GeneralizedEM,
@@ -136,6 +137,13 @@ LOOP_CASES = {
         lambda model, guide, optim: CompiledSVI(
             model, guide, optim, RefinementELBO(), mode="graph"
         ),
+        learns=_BOTH,
+    ),
+    "bidirectional": LoopCase(
+        lambda model, guide, optim: BidirectionalPredictiveCoding(
+            model, optim, guide, num_steps=3
+        ),
+        guides=("amortized_delta", "bottom_up_delta"),
         learns=_BOTH,
     ),
     "generalized_em": LoopCase(

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 LOOPS = {
+    "bidirectional": "guides.inference.bidirectional:BidirectionalPredictiveCoding",
     "compiled_svi": "guides.inference.compiled_svi:CompiledSVI",
     "divide_and_conquer": "guides.inference.divide_and_conquer:DivideAndConquer",
     "langevin_predictive_coding": (
@@ -21,6 +22,7 @@ LOOPS = {
 }
 
 _EXPORTS = {
+    "BidirectionalPredictiveCoding": "guides.inference.bidirectional",
     "Compiled": "guides.capture.kind",
     "CompiledSVI": "guides.inference.compiled_svi",
     "ChainGaussian": "guides.inference.chain_gaussian",
@@ -28,6 +30,7 @@ _EXPORTS = {
     "DivideAndConquer": "guides.inference.divide_and_conquer",
     "FixedPrediction": "guides.inference.fixed_prediction",
     "GeneralizedEM": "guides.inference.generalized_em",
+    "Given": "guides.inference.given",
     "HierarchicalGaussianFilter": "guides.inference.gaussian_filter",
     "HybridPredictiveCoding": "guides.inference.hybrid",
     "IncrementalPredictiveCoding": "guides.inference.incremental",

@@ -14,8 +14,8 @@ References:
     | (Neal & Hinton, 1998)
     | https://doi.org/10.1007/978-94-011-5014-9_12
 
-    | Backpropagation at the infinitesimal inference limit of energy-based models
-    | (Millidge et al., 2023) https://arxiv.org/abs/2206.02629
+    | A theoretical framework for inference and learning in predictive coding networks
+    | (Millidge et al., 2023) https://openreview.net/forum?id=ZCTvSF_uVM4
 """
 
 from __future__ import annotations

@@ -213,9 +213,13 @@ class PredictiveCoding(CapturedStep):
         log_joint = self._log_joint(args, kwargs)
         energy, learning = self._learn(log_joint, lambda: self._outcome(log_joint))
         if self._steps == 0:
-            self.frozen = warn_frozen(self.model, learning)
+            self.frozen = self._frozen(learning)
         self._steps += 1
         return float(energy)
+
+    def _frozen(self, learning: set[Tensor]) -> list[str]:
+        """Names of trainable parameters that got no gradient; warns where there are any."""
+        return warn_frozen(self.model, learning)
 
     def _learn(
         self, log_joint: LogJoint, outcome: Callable[[], tuple[Tensor, Tensor]]
