@@ -183,7 +183,7 @@ class _Heard(Messenger):
         """Raise where data are latent now and the recognition would go on reading the old ones."""
         arguments = list(arguments)
         for name, given in self.given.items():
-            moved = given is not None and self.values.get(name) is not given
+            moved = given is not None and self.values.get(name, given) is not given
             if moved and name not in recognized and not any(v is given for v in arguments):
                 raise ValueError(
                     f"Site {name!r} is latent in this call, and the recognition reads its data "
