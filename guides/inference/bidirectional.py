@@ -64,7 +64,7 @@ class BidirectionalPredictiveCoding(PredictiveCoding):
         TypeError: Where the recognition is no program.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> from guides.inference import BidirectionalPredictiveCoding
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
