@@ -261,6 +261,36 @@ def test_global_latents_keep_their_elbo() -> None:
     assert not [n for n, p in guide.named_parameters() if torch.equal(p, before[n])]
 
 
+def nested(x: Tensor) -> None:
+    """Plates inside the plate of the sequences, which has a dimension of its own."""
+    with pyro.plate("data", len(x), dim=-2):
+        z = torch.zeros(1, 1)
+        for t in range(x.shape[1]):
+            with pyro.plate(f"units_{t}", 2, dim=-1):
+                z = pyro.sample(f"z_{t}", dist.Normal(0.7 * z, 1.0))
+            with pyro.plate(f"features_{t}", 3, dim=-1):
+                loc = z.sum(-1, keepdim=True)
+                pyro.sample(f"x_{t}", dist.Normal(loc, 1.0), obs=x[:, t])
+
+
+def test_plates_inside_the_plate() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 3)
+    guide = guides.make("filtering_normal", nested, x, **SMALL)
+    guide.init[2:] = inverse_positive(torch.tensor(1.2))
+    # (z_1, z_2, x) of one sequence, as z = L e and x = C z + noise
+    a = torch.eye(2)
+    latent = torch.cat([torch.cat([a, 0 * a], 1), torch.cat([0.7 * a, a], 1)])  # (4, 4)
+    sums = torch.block_diag(torch.ones(3, 2), torch.ones(3, 2)) @ latent
+    exact = dist.MultivariateNormal(torch.zeros(6), sums @ sums.mT + torch.eye(6))
+    many = x.expand(4000, -1, -1)
+    mean, error = ratio(
+        FIVO(8, threshold=1.0), nested, guide, many, exact.log_prob(x.reshape(1, 6))
+    )
+    assert error < 0.05
+    assert mean == pytest.approx(1.0, abs=4 * error)
+
+
 def test_training_lowers_the_loss() -> None:
     torch.manual_seed(0)
     model = zoo.DeepMarkov(x_dim=3, z_dim=2, num_steps=3)
@@ -282,5 +312,16 @@ def test_what_it_cannot_do_is_said() -> None:
         FIVO(4, threshold=2.0)
     with pytest.raises(ValueError, match="needs a guide of sequences"):
         FIVO(4).loss(model, guides.make("normal", model, x), x)
+
+    def coupled(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x))
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z_{t}", dist.Normal(z - z.mean(), 1.0))
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    data = torch.randn(3, 2)
+    with pytest.raises(ValueError, match="are coupled"):
+        FIVO(4).loss(coupled, guides.make("filtering_normal", coupled, data, **SMALL), data)
     with pytest.raises(ValueError, match="needs a guide with a density"):
         FIVO(4).loss(model, guides.make("filtering_delta", model, x, **SMALL), x)

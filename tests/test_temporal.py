@@ -227,6 +227,49 @@ def test_a_step_of_two_latents_is_filtered_as_one(together: bool) -> None:
         assert (found.covariance[:, t] - last).abs().max() < 1e-8
 
 
+def nested(x: Tensor) -> None:
+    """Plates inside the plate of the sequences, which has a dimension of its own."""
+    with pyro.plate("data", len(x), dim=-2):
+        z = torch.zeros(1, 1)
+        for t in range(x.shape[1]):
+            with pyro.plate(f"units_{t}", 2, dim=-1):
+                z = pyro.sample(f"z_{t}", dist.Normal(0.7 * z, 1.0))
+            with pyro.plate(f"features_{t}", 3, dim=-1):
+                loc = z.sum(-1, keepdim=True) * torch.tensor([1.0, 2.0, -1.0])
+                pyro.sample(f"x_{t}", dist.Normal(loc, 1.0), obs=x[:, t])
+
+
+@pytest.mark.usefixtures("float64")
+def test_plates_inside_the_plate() -> None:
+    x = torch.randn(4, 2, 3)
+    found = temporal(nested, "riccati").filter(x)
+    pc = PredictiveCoding(nested, pyro.optim.SGD({"lr": 0.0}), solver="auto", num_steps=50)
+    whole = pc.posterior(x)
+    assert (found.mean[:, 1] - whole.loc_data[:, -2:]).abs().max() < 1e-8
+    assert (found.covariance[:, 1] - whole.covariance("data")[:, -2:, -2:]).abs().max() < 1e-8
+
+
+@pytest.mark.usefixtures("float64")
+def test_rows_that_the_program_draws() -> None:
+    full = torch.randn(10, 2)
+
+    def subsampled() -> None:
+        with pyro.plate("data", 10, subsample_size=4) as index:
+            walk_of(full[index])
+
+    def walk_of(x: Tensor) -> None:
+        z = torch.zeros(4)
+        for t in range(2):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    loop = temporal(subsampled, "riccati")
+    losses = torch.tensor([loop.evaluate_loss() for _ in range(30)])
+    whole = temporal(walk, "riccati").evaluate_loss(full)
+    assert losses.mean().item() == pytest.approx(whole, abs=4 * losses.std().item() / 30**0.5)
+    assert losses.std() > 0
+
+
 @pytest.mark.usefixtures("float64")
 def test_one_step_is_predictive_coding() -> None:
     """A program without time is a sequence of one step."""
@@ -499,6 +542,19 @@ def apart(x: Tensor) -> None:
     pyro.factor("penalty", torch.tensor(1.0))
 
 
+def scaled(x: Tensor) -> None:
+    with poutine.scale(scale=2.0):
+        walk(x)
+
+
+def masked_inside(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        for t in range(x.shape[1]):
+            on = torch.tensor([True, False])
+            z = pyro.sample(f"z_{t}", dist.Normal(torch.zeros(len(x)), 1.0).mask(on))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
 X = torch.zeros(2, 3)
 
 
@@ -518,6 +574,8 @@ X = torch.zeros(2, 3)
         (lambda: TemporalPredictiveCoding(walk, torch.optim.SGD), "must be a PyroOptim"),
         (lambda: temporal(above).infer(X), "site 'speed' is outside the data plate"),
         (lambda: temporal(apart).infer(X), "'penalty' counts .* belongs to no step"),
+        (lambda: temporal(scaled, "riccati").infer(X), "'z_0' is scaled"),
+        (lambda: temporal(masked_inside).infer(X), "'z_0' has a mask of its own"),
         (lambda: temporal(late, "steady").infer(X), "its noise changes between"),
         (lambda: temporal(bent, "steady").infer(torch.zeros(2, 3, 2)), "needs a program that"),
         (lambda: temporal(unseen, "steady").infer(X), "did not settle"),

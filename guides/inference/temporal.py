@@ -60,9 +60,10 @@ from guides.inference.temporal_evidence import curvature_factor, laplace_evidenc
 from guides.inference.temporal_riccati import stationary
 from guides.inference.temporal_step import Carried, Sequential, StepJoint, linearize, predict
 from guides.layout import layout
-from guides.probe import Program
+from guides.probe import Program, probe
 from guides.sequences.steps import read_steps
 from guides.sequences.window import step_terms
+from guides.supports import is_masked
 
 __all__ = ["PRECISIONS", "Beliefs", "TemporalPredictiveCoding"]
 
@@ -343,6 +344,26 @@ class TemporalPredictiveCoding:
         with torch.no_grad():
             log_joint.run(values, validate=True)
         log_joint.check_rows(call.read.pack(values), jacobian=self.jacobian)
+        self._check_latents(call)
+
+    def _check_latents(self, call: Sequential) -> None:
+        """Raise for what a carried prediction, or a step as a whole, would lose silently."""
+        plate = call.read.data_plate
+        assert plate is not None
+        sites = probe(self.model, call.args, call.kwargs, call.read.indices, None).sites
+        for name, site in call.read.sites.items():
+            if is_masked(site.fn):
+                raise NotImplementedError(
+                    f"The distribution of site {name!r} has a mask of its own, which does not say "
+                    "that its row lacks the step. Mask the site, with pyro.poutine.mask around it."
+                )
+            scale = torch.as_tensor(sites[name]["scale"]) / plate.scale
+            if self.precision != "fixed" and not torch.allclose(scale, torch.ones_like(scale)):
+                raise NotImplementedError(
+                    f"Site {name!r} is scaled (pyro.poutine.scale), and a carried prediction "
+                    'takes the place of its density. Pass precision="fixed", or take the scale '
+                    "away."
+                )
 
     def _loss(self, call: Sequential) -> Tensor:
         """The loss of all rows, differentiable in the parameters."""

@@ -15,6 +15,7 @@ from guides.inference.resampling import effective_fraction, systematic
 from guides.layout import Layout
 from guides.objectives.objective import ExposedLogJoint, Objective, own_guide
 from guides.objectives.packed_draws import random_rows
+from guides.objectives.weighted import check_rowwise
 from guides.probe import Program
 from guides.sequences.guide import SequenceCall, SequenceGuide
 from guides.sequences.window import Window, step_terms
@@ -59,7 +60,8 @@ class FIVO(Objective):
             resamples at every step, zero never.
 
     Raises:
-        ValueError: For a threshold outside of [0, 1].
+        ValueError: For a threshold outside of [0, 1]; from a call, for a guide that is not one of
+            sequences, or rows that talk to each other.
 
     Example:
         >>> import pyro, pyro.distributions as dist, guides
@@ -132,6 +134,8 @@ class FIVO(Objective):
             run.select(torch.where(weak, chosen, kept))
             bound = bound + torch.where(weak, _log_mean(log_w), torch.zeros_like(bound))
             log_w = torch.where(weak, torch.zeros_like(log_w), log_w)
+        if self.num_particles > 1 and self._is_first("rows", model, guide):
+            check_rowwise(self, ExposedLogJoint(model, args, kwargs, layout=read), run.first())
         return bound + _log_mean(log_w), above, read.scale
 
     def __repr__(self) -> str:
@@ -221,6 +225,13 @@ class _Run:
             weights
             if step.mask is None
             else torch.where(step.mask, weights, torch.zeros_like(weights))
+        )
+
+    def first(self) -> dict[str, Tensor]:
+        """Constrained values of the first particle."""
+        groups = {g.name: g for g in self.read.groups}
+        return self.read.constrain(
+            {name: u[0].reshape(groups[name].shape) for name, u in self.upstream.items()}
         )
 
     def select(self, chosen: Tensor) -> None:
