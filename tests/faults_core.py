@@ -214,7 +214,7 @@ FAULTS = [
         "guides/draws.py",
         "joint=has_global or outside or read.data_plate is None,",
         "joint=outside,",
-        SCORES,
+        "tests/test_scores.py::test_a_global_latent_drawn_from_its_prior_makes_weights_joint",
     ),
     Fault(
         "nested plates are packed across rows",

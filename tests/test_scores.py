@@ -125,6 +125,30 @@ def test_global_latents_make_weights_joint_and_scores_say_so() -> None:
     assert math.isfinite(khat.total)
 
 
+def test_a_global_latent_drawn_from_its_prior_makes_weights_joint() -> None:
+    """Its own ratio is one in every draw, and yet the rows share the draw.
+
+    Weights of rows alone would give the sum of log p(x_n), not log p(x_1, ..., x_N).
+    """
+
+    def guide(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((0.25 * mean + x) / 1.25, 0.2**0.5))  # p(z | mean, x)
+
+    weights = log_weights(with_global, guide, X, num_samples=10)
+    assert weights.joint
+    assert torch.equal(weights.global_term, torch.zeros(10))
+    bound = log_evidence(with_global, guide, X, num_samples=4000, chunk_size=4000)
+    assert bound.joint and bound.rows is None
+    covariance = torch.eye(4) * 1.25 + 4.0
+    exact = float(dist.MultivariateNormal(torch.zeros(4), covariance).log_prob(X))
+    apart = float(dist.Normal(0.0, 5.25**0.5).log_prob(X).sum())
+    assert abs(bound.total - exact) < 5 * bound.standard_error
+    assert abs(apart - exact) > 10 * bound.standard_error
+    assert pareto_khat(with_global, guide, X, num_samples=500).rows is None
+
+
 def test_khat_finds_the_tail_index_of_a_known_ratio() -> None:
     """A Gaussian proposal narrower than the target: w has a Pareto tail with k = 1 - s_q^2/s_p^2.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from guides.capture.graph import CaptureError, Graph, capture_graph
 from guides.capture.optimizers import Rule, rule_of
+from guides.capture.python_state import PythonState
 from guides.capture.restarts import Stack
 from guides.capture.steps import Steps, rng_devices
 from guides.capture.surroundings import Surroundings, buffers_kept, called_modules, modules_of
@@ -43,7 +44,7 @@ class Program:
         data: The data of the first call.
         touched: All parameters that the program touches, by name.
         parameters: Those that may learn.
-        programs: Model and guide, for their modules.
+        programs: Model, guide and objective, whose modules and attributes are looked after.
         alone: Whether nothing but ``parameters`` may want a gradient.
     """
 
@@ -146,9 +147,9 @@ class Kind:
         if self._changes > _MOST_CHANGES:
             self.graph = None
             self.reason = (
-                "what it depends on beside its arguments (a number or a buffer of a module, a "
-                f"mode, the store) changed more than {_MOST_CHANGES} times: pass what moves as a "
-                "tensor"
+                "what it depends on beside its arguments (an attribute, a closure or a global, a "
+                f"buffer or mode of a module, the store) changed more than {_MOST_CHANGES} times: "
+                "pass what moves as a tensor"
             )
             return
         self._try(setup)
@@ -158,6 +159,7 @@ class Kind:
             program = setup()
             data, self.parameters = program.data, program.parameters
             function = _with_zeros(program.function, self.parameters)
+            state = PythonState(program.programs, [*program.touched.values(), *data])
             self.num_numbers = sum(tensor.numel() for tensor in (*self.parameters, *data))
             if not self.parameters:
                 raise CaptureError("there are no parameters to learn")
@@ -166,6 +168,7 @@ class Kind:
                 _eager(function, data)
                 graph = capture_graph(function, data, self.parameters)
                 _check(graph, function, data, self.parameters)
+            state.settle()
         if self.stack is not None and graph.live:
             raise CaptureError(f"{graph.live[0]} draws by the value of a parameter")
         if program.alone and any(constant.requires_grad for constant in graph.constants):
@@ -179,7 +182,7 @@ class Kind:
         modules = [*modules_of(*program.programs), *called.values()]
         # Uncompiled graphs read such tensors live.
         fixed = [c for c in graph.constants if self.mode == "inductor" or not c.requires_grad]
-        self._around = Surroundings(modules, program.touched, fixed)
+        self._around = Surroundings(modules, program.touched, fixed, state)
         self._read_rules()
         if self.stack is not None and not self.rules:
             raise CaptureError(str(self.reason))

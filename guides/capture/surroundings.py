@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
-__all__ = ["Surroundings", "buffers_kept", "called_modules", "modules_of"]
+from guides.capture.python_state import PLAIN, PythonState
 
-_PLAIN = (bool, int, float, str)
+__all__ = ["Surroundings", "buffers_kept", "called_modules", "modules_of"]
 
 
 @contextlib.contextmanager
@@ -54,16 +54,17 @@ def buffers_kept(*programs: Any) -> Iterator[None]:
 
 
 class Surroundings:
-    """Parameters, buffers, modes and numbers of modules as they were at the capture.
+    """Parameters, modules and the state of Python as they were at the capture.
 
     A graph was made for the parameters of the store under their names, for what of them learns,
-    for the mode of the modules and for the numbers that they hold. Where any of that is another
-    one now, the graph is not that of the program any more.
+    for the mode of the modules, and for the numbers that modules, objects, closures and globals
+    hold. Where any of that is another one now, the graph is not that of the program any more.
 
     Args:
         modules: The modules of the program.
         parameters: The parameters that it touches, by name in the store.
         constants: Tensors that are part of the graph.
+        state: What the program reads beside modules.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Surroundings:
         modules: Iterable[nn.Module],
         parameters: Mapping[str, Tensor],
         constants: Sequence[Tensor],
+        state: PythonState,
     ) -> None:
+        self._state = state
         unique = {id(module): module for module in modules}.values()
         self._names = list(parameters)
         own_parameters = [p for m in unique for p in m._parameters.values() if p is not None]
@@ -85,7 +88,7 @@ class Surroundings:
         self._tensors: list[tuple[dict[str, Any], str]] = []
         for module in unique:
             own: dict[str, Any] = module.__dict__
-            self._plain += [(own, k) for k, v in own.items() if isinstance(v, _PLAIN)]
+            self._plain += [(own, k) for k, v in own.items() if isinstance(v, PLAIN)]
             for tensors in (module._buffers, module._parameters):
                 self._tensors += [(tensors, k) for k in tensors]
         self._kept = [own.get(k) for own, k in self._tensors]
@@ -106,6 +109,6 @@ class Surroundings:
     def are_current(self) -> bool:
         """Whether nothing has changed since the capture."""
         try:
-            return self._now() == self._before
+            return self._state.is_current() and self._now() == self._before
         except (RuntimeError, ValueError):  # a number became something that has no truth
             return False

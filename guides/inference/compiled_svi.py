@@ -43,10 +43,10 @@ class CompiledSVI(SVI):
     values, draws that are not reparameterized, objectives and optimizers that are not known here.
     Another shape of the data, as that of a ragged last batch, gets a graph of its own.
 
-    Python code of the program runs at the capture only. Frozen or replaced parameters, and other
-    numbers, buffers or modes of modules are noticed and captured again, a few times; other Python
-    state that moves (a global flag, a counter in a closure) is not seen: pass what moves as a
-    tensor argument.
+    Python code of the program runs at the capture only. Frozen or replaced parameters, buffers and
+    modes of modules, and attributes, closures and globals that the program reads are looked at
+    before every call (:mod:`guides.capture.python_state`); after a change it is captured again, a
+    few times: pass what moves as a tensor argument.
 
     Args:
         model: Any Pyro program.
@@ -353,7 +353,7 @@ class CompiledSVI(SVI):
             arguments.tensors,
             touched,
             parameters,
-            (self.model, self.guide),
+            (self.model, self.guide, self.objective),
             alone=True,
         )
 
