@@ -84,6 +84,20 @@ FAULTS = [
         "tests/test_solvers.py::test_a_row_goes_on_where_its_last_step_left_it",
     ),
     Fault(
+        "a batch passes for another one of its size",
+        "guides/inference/row_memory.py",
+        "return self._data is None or not self._data.same(data)",
+        "return False",
+        "tests/test_row_memory.py",
+    ),
+    Fault(
+        "a batch that was written into passes for what it was",
+        "guides/inference/same_data.py",
+        "return None if leaf.is_inference() else leaf._version",
+        "return 0",
+        "tests/test_row_memory.py",
+    ),
+    Fault(
         "rows never seen start at zero",
         "guides/inference/warm_start.py",
         'packed["data"] = torch.where(known.unsqueeze(-1), old, packed["data"])',

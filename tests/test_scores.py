@@ -140,12 +140,13 @@ def test_a_global_latent_drawn_from_its_prior_makes_weights_joint() -> None:
     assert weights.joint
     assert torch.equal(weights.global_term, torch.zeros(10))
     bound = log_evidence(with_global, guide, X, num_samples=4000, chunk_size=4000)
-    assert bound.joint and bound.rows is None
+    assert bound.joint
+    assert bound.rows is None
     covariance = torch.eye(4) * 1.25 + 4.0
     exact = float(dist.MultivariateNormal(torch.zeros(4), covariance).log_prob(X))
     apart = float(dist.Normal(0.0, 5.25**0.5).log_prob(X).sum())
     assert abs(bound.total - exact) < 5 * bound.standard_error
-    assert abs(apart - exact) > 10 * bound.standard_error
+    assert abs(apart - exact) > 8 * bound.standard_error
     assert pareto_khat(with_global, guide, X, num_samples=500).rows is None
 
 

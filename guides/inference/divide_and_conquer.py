@@ -40,6 +40,7 @@ from guides.inference.particle_memory import ParticleMemory, choose
 from guides.inference.particle_moves import PRECONDITIONERS
 from guides.inference.particle_sampler import Cloud, Sampler
 from guides.inference.running import Run, Stop, run
+from guides.inference.same_data import CallData
 from guides.layout import layout
 from guides.probe import Program
 
@@ -68,6 +69,9 @@ class DivideAndConquer:
         threshold: Resample where the effective fraction of the particles falls below.
         anneal: Sweeps of a fresh start from the prior, over as many temperatures.
         num_samples: Particles of an answer: :meth:`infer`, :meth:`posterior`.
+        rows_by_position: Without ``index=`` a step goes on with its rows' particles only while
+            steps bring the same tensors, unchanged; this takes rows as 0 to B - 1 of one data
+            set, whatever tensors they bring.
         data_plate: See :func:`guides.layout.layout`.
 
     Attributes:
@@ -102,6 +106,7 @@ class DivideAndConquer:
         threshold: float = 0.5,
         anneal: int = 50,
         num_samples: int = 100,
+        rows_by_position: bool = False,
         data_plate: str | None = "auto",
     ) -> None:
         if not callable(model) or isinstance(model, (type, ProgramGuide, pyro.optim.PyroOptim)):
@@ -148,6 +153,7 @@ class DivideAndConquer:
         self.anneal = anneal
         self.num_samples = num_samples
         self.data_plate = data_plate
+        self.rows_by_position = rows_by_position
         self.sampler = Sampler(
             step_size, variant, correction, resampler, preconditioner, threshold
         )
@@ -168,7 +174,7 @@ class DivideAndConquer:
         """
         density = self._density(args, kwargs)
         cloud = self._sweeps(density, self._start(density), counted=True)
-        self._memory.write(density, cloud)
+        self._memory.write(density, cloud, self._data_of(density))
         values = density.constrained(cloud.particles)
         with torch.enable_grad(), poutine.trace(param_only=True) as trace:
             rows, other = density.over_values(values)
@@ -379,9 +385,14 @@ class DivideAndConquer:
             return -(weights[:, 0] * (rows.sum(-1) + other)).sum()
         return -(density.layout.scale * (weights * rows).sum() + other.mean())
 
+    def _data_of(self, density: ParticleDensity) -> CallData | None:
+        """What tells rows without numbers apart from those of other steps."""
+        called = density.log_joint
+        return None if self.rows_by_position else CallData(called.args, called.kwargs)
+
     def _start(self, density: ParticleDensity) -> Cloud:
         """Remembered particles, fresh ones for rows that are new."""
-        cloud, known = self._memory.read(density)
+        cloud, known = self._memory.read(density, self._data_of(density))
         if cloud is not None and bool(known.all()):
             return cloud
         fresh = self._fresh(density, self.num_particles)

@@ -109,7 +109,9 @@ class LangevinPredictiveCoding(PredictiveCoding):
             tensors by group: ``(K,)`` or ``(B, K)`` for a diagonal, ``(B, K, K)`` or ``(1, K, K)``
             in the data plate and ``(K, K)`` outside it for a full matrix.
         persistent: Go on with every row's chains where the last visit left them, minibatches in
-            any order; then ``num_mixing=0`` makes sense (particle gradient descent).
+            any order; then ``num_mixing=0`` makes sense (particle gradient descent). Rows are
+            known as those of ``warm_start="last"`` are.
+        rows_by_position: See :class:`guides.inference.PredictiveCoding`.
         guide_loss: How the guide learns: ``"reverse_kl"`` (the negative ELBO at its own draws),
             ``"forward_kl"`` (its log density at the chains' draws), ``"jeffreys"`` (both), or
             None, not at all.
@@ -154,6 +156,7 @@ class LangevinPredictiveCoding(PredictiveCoding):
         momentum: float = 0.0,
         preconditioner: str | Mapping[str, Tensor] | None = None,
         persistent: bool = False,
+        rows_by_position: bool = False,
         guide_loss: str | None = None,
         posterior_samples: int = 200,
         data_plate: str | None = "auto",
@@ -168,6 +171,7 @@ class LangevinPredictiveCoding(PredictiveCoding):
             guide,
             num_steps,
             data_plate=data_plate,
+            rows_by_position=rows_by_position,
             global_rate=global_rate,
             mode=mode,
         )
@@ -437,7 +441,7 @@ class LangevinPredictiveCoding(PredictiveCoding):
     def _gather(self, log_joint: LogJoint, *, learning: bool = False) -> Packed:
         """What is remembered of the rows of a call, rows first; new chains for new rows."""
         plate = log_joint.layout.data_plate
-        found, known = self.memory.read(plate)  # type: ignore[arg-type]
+        found, known = self.memory.read(plate, self._data_of(log_joint))  # type: ignore[arg-type]
         if found and bool(known.all()):
             return found
         # A stream of their own: then a captured step draws what this one does.
@@ -476,7 +480,8 @@ class LangevinPredictiveCoding(PredictiveCoding):
         """Put the rows of a step back into the memory."""
         if self._rows is not None:
             rows = {k: v for k, v in self._rows.items() if k != "global"}
-            self.memory.write(log_joint.layout.data_plate, rows)  # type: ignore[arg-type]
+            plate: Any = log_joint.layout.data_plate
+            self.memory.write(plate, rows, self._data_of(log_joint))
             self._rows = None
 
     def _compiled_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:

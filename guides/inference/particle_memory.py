@@ -10,6 +10,7 @@ from torch import Tensor
 from guides.inference.particle_density import ParticleDensity, Particles
 from guides.inference.particle_sampler import Cloud
 from guides.inference.row_memory import RowMemory
+from guides.inference.same_data import CallData
 
 __all__ = ["ParticleMemory", "choose"]
 
@@ -23,10 +24,13 @@ class ParticleMemory:
         self.rows = RowMemory()
         self.shared: dict[str, Tensor] = {}
 
-    def read(self, density: ParticleDensity) -> tuple[Cloud | None, Tensor]:
+    def read(
+        self, density: ParticleDensity, data: CallData | None = None
+    ) -> tuple[Cloud | None, Tensor]:
         """The cloud of a call's rows, and which rows are known.
 
-        Joint particles are known for all rows or for none.
+        Joint particles are known for all rows or for none. For ``data`` see
+        :meth:`guides.inference.row_memory.RowMemory.read`.
 
         Returns:
             The cloud, arbitrary in unknown rows, None where nothing is known; bools ``(B,)``.
@@ -35,7 +39,7 @@ class ParticleMemory:
         found: dict[str, Tensor] = {}
         known = torch.ones(1, dtype=torch.bool)
         if plate is not None and _has_rows(density):
-            found, known = self.rows.read(plate)
+            found, known = self.rows.read(plate, data)
         if density.joint:
             whole = bool(known.all()) and _WEIGHTS in self.shared
             known = torch.full_like(known, whole)
@@ -51,7 +55,7 @@ class ParticleMemory:
         spread = {name: found[f"spread {name}"] for name in density.sites}
         return Cloud(particles, log_weights, spread, torch.zeros_like(log_weights[0])), known
 
-    def write(self, density: ParticleDensity, cloud: Cloud) -> None:
+    def write(self, density: ParticleDensity, cloud: Cloud, data: CallData | None = None) -> None:
         """Remember the cloud of a call's rows."""
         rows: dict[str, Tensor] = {}
         for name, value in cloud.particles.items():
@@ -67,7 +71,7 @@ class ParticleMemory:
             rows[_WEIGHTS] = log_weights.T
         plate = density.layout.data_plate
         if plate is not None and _has_rows(density):
-            self.rows.write(plate, rows)
+            self.rows.write(plate, rows, data)
 
     def state(self) -> dict[str, Any]:
         """Copies of everything, for a resumable run."""

@@ -44,6 +44,7 @@ from guides.inference.regime import Regime, measure, warn_regime
 from guides.inference.relaxation import Relaxed, curvature, energy_function, relax
 from guides.inference.row_memory import RowMemory
 from guides.inference.running import Run, Stop, run
+from guides.inference.same_data import CallData
 from guides.inference.site_state import SiteState, site_state
 from guides.inference.solvers.auto import Choice, choose
 from guides.inference.solvers.solver import Solver, check_solver
@@ -86,6 +87,10 @@ class PredictiveCoding(CapturedStep):
             (:func:`guides.rows.data_args_of`); by default known or inferred.
         warm_start: ``"guide"`` starts at the center of ``guide``, as a guide does by itself;
             ``"last"`` starts a row where its last learning step left it, a new row by default.
+            Rows are known by their numbers (``index=`` of the call); without numbers only while
+            calls bring the same tensors, unchanged.
+        rows_by_position: Without ``index=``, take rows as 0 to B - 1 of one data set, whatever
+            tensors a call brings.
         global_rate: With a minibatch, step of the persistent global latents relative to that of
             their curvature; by default B/N, which makes an epoch one full step.
         mode: How :meth:`step` runs after the first one: ``"eager"`` traces the program at every
@@ -129,6 +134,7 @@ class PredictiveCoding(CapturedStep):
         tolerance: float = 0.0,
         data_args: Mapping[str, int] | None = None,
         warm_start: str | None = None,
+        rows_by_position: bool = False,
         global_rate: float | None = None,
         newton_steps: int = 20,
         mode: str = "eager",
@@ -179,6 +185,7 @@ class PredictiveCoding(CapturedStep):
         self.tolerance = tolerance
         self.data_args = data_args
         self.warm_start = warm_start
+        self.rows_by_position = rows_by_position
         self.num_products = 0
         self.global_rate = global_rate
         self.newton_steps = newton_steps
@@ -535,7 +542,7 @@ class PredictiveCoding(CapturedStep):
         if learning:
             self._watch(log_joint, packed, moved)
             if self.warm_start == "last":
-                keep_last(self._memory, log_joint, values)
+                keep_last(self._memory, log_joint, values, self._data_of(log_joint))
         return values, relaxed
 
     def _watch(
@@ -566,13 +573,17 @@ class PredictiveCoding(CapturedStep):
         """Where a relaxation starts, in its own coordinates, and what is standardized there."""
         values = self._start(log_joint)
         if self.warm_start == "last":
-            values = recall_last(self._memory, log_joint, values)
+            values = recall_last(self._memory, log_joint, values, self._data_of(log_joint))
         moved = self._noncentered(log_joint.layout)
         packed = log_joint.layout.pack(values)
         if moved:
             standardized = log_joint.standardize(values, moved)
             packed = insert(packed, standardized, log_joint.layout)
         return packed, moved
+
+    def _data_of(self, log_joint: LogJoint) -> CallData | None:
+        """What tells rows without numbers apart from those of other calls."""
+        return None if self.rows_by_position else CallData(log_joint.args, log_joint.kwargs)
 
     def _values(self, log_joint: LogJoint, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Constrained values of packed latents in the coordinates of the relaxation."""

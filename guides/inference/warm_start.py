@@ -9,12 +9,16 @@ from torch import Tensor
 
 from guides.energy import LogJoint
 from guides.inference.row_memory import RowMemory
+from guides.inference.same_data import CallData
 
 __all__ = ["keep_last", "recall_last"]
 
 
 def recall_last(
-    memory: RowMemory, log_joint: LogJoint, values: Mapping[str, Tensor]
+    memory: RowMemory,
+    log_joint: LogJoint,
+    values: Mapping[str, Tensor],
+    data: CallData | None = None,
 ) -> dict[str, Tensor]:
     """A start whose rows are where they were left; rows that are new stay as they are.
 
@@ -22,12 +26,13 @@ def recall_last(
         memory: What :func:`keep_last` wrote.
         log_joint: The log joint of the call.
         values: The start of rows that are new, constrained values of all latents by site.
+        data: See :meth:`guides.inference.row_memory.RowMemory.read`.
     """
     read = log_joint.layout
     group = read.group("data")
     if read.data_plate is None or group is None:
         return dict(values)
-    found, known = memory.read(read.data_plate)
+    found, known = memory.read(read.data_plate, data)
     if "data" not in found or found["data"].shape[-1] != group.size:
         return dict(values)
     packed = read.pack(values)
@@ -39,8 +44,13 @@ def recall_last(
     return {name: constrained[name] if name in local else value for name, value in values.items()}
 
 
-def keep_last(memory: RowMemory, log_joint: LogJoint, values: Mapping[str, Tensor]) -> None:
+def keep_last(
+    memory: RowMemory,
+    log_joint: LogJoint,
+    values: Mapping[str, Tensor],
+    data: CallData | None = None,
+) -> None:
     """Remember where the rows of a call were left, unconstrained."""
     read = log_joint.layout
     if read.data_plate is not None and read.group("data") is not None:
-        memory.write(read.data_plate, {"data": read.pack(values)["data"]})
+        memory.write(read.data_plate, {"data": read.pack(values)["data"]}, data)
