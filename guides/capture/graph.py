@@ -11,24 +11,28 @@ operations in the same order, so a graph consumes the random stream as the progr
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
 import operator
 import random
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import numpy
 import pyro
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental import proxy_tensor
-from torch.overrides import TorchFunctionMode
 
+from guides.capture.noise import Draw, noise_as_inputs
+from guides.capture.operations import is_view, share_equal_terms, targets
+from guides.capture.tracing import (
+    CaptureError,
+    Metadata,
+    WithinTorch,
+    reason_of,
+    trace,
+    unvalidated,
+)
 from guides.capturing import capturing
 
 __all__ = [
@@ -41,59 +45,7 @@ __all__ = [
     "trace",
 ]
 
-
-_NORMAL = torch.ops.aten.normal_.default
-_TRACING = threading.RLock()
-_LEAVES_TORCH = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist)
 _SHAPED_BY_VALUES = ("nonzero", "masked_select", "unique", "_unique", "bincount", "histc")
-
-
-class CaptureError(RuntimeError):
-    """A program that no graph stands for; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One random draw that depends on nothing: how to repeat it.
-
-    Args:
-        target: The operation.
-        args: Its arguments; for an operation in place, those after the tensor it fills.
-        kwargs: Its keyword arguments.
-        shape: Shape of the tensor that is filled in place, None for other operations.
-        dtype: Its dtype.
-        device: Its device.
-    """
-
-    target: Callable[..., Tensor]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(self, *left: int) -> Tensor:
-        """Draw; with sizes given, as many independent draws along new dimensions on the left."""
-        if self.shape is None:
-            if not left:
-                return self.target(*self.args, **self.kwargs)
-            return torch.stack([self(*left[1:]) for _ in range(left[0])])
-        shape = (*left, *self.shape)
-        empty = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return self.target(empty, *self.args, **self.kwargs)
-
-    @property
-    def is_standard_normal(self) -> bool:
-        """Whether it fills a tensor with standard normal numbers."""
-        plain = not self.args and not self.kwargs
-        return self.shape is not None and self.target is _NORMAL and plain
-
-    def repeated(self, *left: int) -> Callable[[], Tensor]:
-        """What draws as a call with these sizes does, with as little around it as can be."""
-        if not self.is_standard_normal:
-            return functools.partial(self, *left)
-        shape = (*left, *(self.shape or ()))
-        return functools.partial(torch.randn, shape, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -185,19 +137,19 @@ def _capture(
 
     # Inputs are wrapped, and a tensor that is both a parameter and an argument would be two.
     try:
-        with pyro.validation_enabled(False), _unvalidated(), capturing(), _WithinTorch():
+        with pyro.validation_enabled(False), unvalidated(), capturing(), WithinTorch():
             module = trace(flat, [value.detach() for value in data])
     except CaptureError:
         raise
     except Exception as error:
         # The program itself ran just before: what fails is the capture.
-        raise CaptureError(_reason(error)) from error
+        raise CaptureError(reason_of(error)) from error
     graph = module.graph
     _refuse_shapes_of_values(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     _refuse_changes(module, placeholders)
     inputs = _parameters_as_inputs(module, parameters)
-    draws, live = _noise_as_inputs(module)
+    draws, live = noise_as_inputs(module)
     share_equal_terms(graph)
     ordered = [*inputs, *placeholders, *(node for node, _ in draws)]
     _reorder(graph, ordered)
@@ -212,180 +164,6 @@ def _capture(
         num_extras=num_extras[0],
         live=tuple(live),
     )
-
-
-@contextlib.contextmanager
-def _unvalidated() -> Iterator[None]:
-    """Let no distribution check values, not even one that was told to when it was made.
-
-    ``expand`` writes the setting of its day into the instance, so that the priors of a
-    ``PyroSample``, made with the module, would check values whatever the setting is now.
-    """
-
-    def keep(owner: Any, value: bool) -> None:
-        owner.__dict__["_validate_args"] = value
-
-    # A property of the class comes before what is written in an instance.
-    switched_off = property(lambda owner: False, keep)
-    with mock.patch.object(torch.distributions.Distribution, "_validate_args", switched_off):
-        yield
-
-
-class _WithinTorch(TorchFunctionMode):
-    """Refuse what leaves torch: results would be written down as constants, silently."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LEAVES_TORCH:
-            raise CaptureError(
-                f"the program reads the values of a tensor outside of torch ({func.__name__})"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """The operations of a function of tensors, as they run on these inputs."""
-    with _cheap_metadata():
-        module: fx.GraphModule = proxy_tensor.make_fx(function, _allow_non_fake_inputs=True)(
-            *inputs
-        )
-    return module
-
-
-def share_equal_terms(graph: fx.Graph) -> int:
-    """Compute once what is computed more than once, and nothing that is not used.
-
-    Terms of the data alone, and terms whose parents do not move, are equal in all iterations and
-    steps of one graph, so this takes them out of the loop.
-
-    Returns:
-        How many operations were left out.
-    """
-    before = len(graph.nodes)
-    graph.eliminate_dead_code()
-    touched = _written(graph)
-    known: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr") or _is_random(node) or node in touched:
-            continue
-        if any(source in touched for source in node.all_input_nodes):
-            continue
-        key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
-        if key in known:
-            node.replace_all_uses_with(known[key])
-            graph.erase_node(node)
-        else:
-            known[key] = node
-    return before - len(graph.nodes)
-
-
-def _frozen(value: Any) -> Any:
-    """A hashable form that tells 1 from 1.0 and True."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
-    return (type(value), repr(value)) if isinstance(value, (int, float)) else value
-
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an operation writes into, and all that share their memory."""
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        for source in _targets(node):
-            while _is_view(source) and source.all_input_nodes:
-                source = source.all_input_nodes[0]
-            written.add(source)
-    grown = True
-    while grown:
-        grown = False
-        for node in graph.nodes:
-            shares = _is_view(node) or _targets(node)
-            if node not in written and shares and any(s in written for s in node.all_input_nodes):
-                written.add(node)
-                grown = True
-    return written
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function":
-        return False
-    if schema is None:
-        return node.target is operator.getitem
-    return any(r.alias_info is not None for r in schema.returns)
-
-
-def _targets(node: fx.Node) -> list[fx.Node]:
-    """Arguments that an operation writes into."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return []
-    names = [argument.name for argument in schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    found: list[fx.Node] = []
-    for argument in schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = given.get(argument.name)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            found += [item for item in values if isinstance(item, fx.Node)]
-    return found
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What is known of a tensor of a graph, beside its values."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def contiguous(cls, shape: Sequence[int], like: Metadata) -> Metadata:
-        """Of a tensor of this shape whose numbers lie in order."""
-        stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return cls(tuple(shape), tuple(stride), like.dtype, like.device)
-
-    def transposed(self) -> Metadata:
-        """Of the transpose of a matrix."""
-        return Metadata(self.shape[::-1], self.stride[::-1], self.dtype, self.device)
-
-
-@contextlib.contextmanager
-def _cheap_metadata() -> Iterator[None]:
-    """Write shapes down as they are.
-
-    torch makes a mode of fake tensors for every operation, which takes two thirds of the time of
-    a capture and serves symbolic shapes alone.
-    """
-    owner = threading.get_ident()
-
-    def metadata(value: Any, include_real: bool = False) -> Any:
-        if threading.get_ident() != owner:
-            return original(value, include_real)
-        if isinstance(value, Tensor):
-            return Metadata(tuple(value.shape), value.stride(), value.dtype, value.device)
-        if isinstance(value, (list, tuple)):
-            return type(value)([metadata(item) for item in value])
-        return value if isinstance(value, (int, float, bool)) else None
-
-    if not hasattr(proxy_tensor, "extract_val"):
-        yield
-        return
-    # One at a time: patches of two threads would not be undone in their order.
-    with _TRACING:
-        original = proxy_tensor.extract_val
-        with mock.patch.object(proxy_tensor, "extract_val", metadata):
-            yield
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "get value out of a tracing tensor" in text or "data-dependent" in text:
-        return "the program reads the value of a tensor (an if, .item(), float() or bool())"
-    if "has no attribute" in text or not text:
-        return f"capturing it raised {type(error).__name__}"
-    return f"capturing it raised {type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
 def _agree(first: Graph, second: Graph) -> bool:
@@ -452,70 +230,18 @@ def _parameters_as_inputs(module: fx.GraphModule, parameters: Sequence[Tensor]) 
     return inputs
 
 
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
-
-
-def _is_empty(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in (
-        torch.ops.aten.empty.memory_format,
-        torch.ops.aten.empty_like.default,
-        torch.ops.aten.new_empty.default,
-        torch.ops.aten.empty_strided.default,
-    )
-
-
-def _noise_as_inputs(module: fx.GraphModule) -> tuple[list[tuple[fx.Node, Draw]], list[str]]:
-    """Replace random operations that depend on nothing by inputs."""
-    graph = module.graph
-    random = [node for node in graph.nodes if _is_random(node)]
-    free = {}
-    live = []
-    for node in random:
-        tensors = node.all_input_nodes
-        filled = bool(tensors) and node.args[0] is tensors[0] and _is_empty(tensors[0])
-        in_place = str(getattr(node.target, "_schema", "")).split("(")[0].endswith("_") or (
-            "!" in str(node.target._schema)
-        )
-        if not tensors or (filled and in_place and len(tensors) == 1):
-            free[node] = tensors[0] if tensors else None
-        else:
-            live.append(str(node.target))
-    if live:
-        # One stream serves all draws, so either all of them are made ahead or none.
-        return [], live
-    found: list[tuple[fx.Node, Draw]] = []
-    first = next(iter(graph.nodes))
-    for node, empty in free.items():
-        value = node.meta["val"] if "val" in node.meta else node.meta["tensor_meta"]
-        shape = None if empty is None else tuple(value.shape)
-        args = node.args if empty is None else node.args[1:]
-        draw = Draw(node.target, args, dict(node.kwargs), shape, value.dtype, value.device)
-        with graph.inserting_before(first):
-            new = graph.placeholder(f"noise_{len(found)}")
-        new.meta["val"] = value
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        if empty is not None:
-            empty.replace_all_uses_with(new)
-            graph.erase_node(empty)
-        found.append((new, draw))
-    return found, live
-
-
 def _refuse_changes(module: fx.GraphModule, placeholders: Sequence[fx.Node]) -> None:
     """Raise where an operation writes into a tensor that was there before the call."""
     outside = set(placeholders)
     for node in module.graph.nodes:
         if node.op == "get_attr":
             outside.add(node)
-        elif any(target in outside for target in _targets(node)):
+        elif any(target in outside for target in targets(node)):
             raise CaptureError(
                 "it changes a tensor in place that outlives the call (running statistics of a "
                 "batch normalization, or the data)"
             )
-        elif _is_view(node) and any(source in outside for source in node.all_input_nodes):
+        elif is_view(node) and any(source in outside for source in node.all_input_nodes):
             # A view of what was there before is what was there before.
             outside.add(node)
 

@@ -48,7 +48,7 @@ def choose_products(
 
     Args:
         module: A graph whose nodes carry shapes and strides, from
-            :func:`guides.capture.graph.trace`.
+            :func:`guides.capture.tracing.trace`.
         libraries: Whether to choose between libraries at all.
         compiled: Whether a compiler follows, which fuses tiny products written as sums. Without
             one a call is faster, and its bits are those of the program.
