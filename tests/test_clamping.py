@@ -231,6 +231,22 @@ def test_misuse_is_refused_with_the_fix() -> None:
         loop(counts).given(gain={"x": torch.ones(2, 3)}).infer(x)
 
 
+def test_a_clamp_is_for_latents_and_of_their_shape() -> None:
+    pc, x, y = loop(labelled), torch.zeros(2, 3), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"'x' is data in this call.*in place of its data"):
+        pc.given(clamp={"x": x}).infer(None, x)
+    for value in (torch.ones(1), torch.ones(2, 1), torch.ones(1, 3), torch.tensor(1.0)):
+        with pytest.raises(
+            ValueError, match=r"'z' is clamped to .*\(2, 3\), got .*expand\(2, 3\)"
+        ):
+            pc.given(clamp={"z": value}).infer(y, x)
+    with pytest.raises(TypeError, match=r"'z' is clamped to must be a tensor, got float"):
+        pc.given(clamp={"z": 1.0}).infer(y, x)
+    # Released data are latents, and so is what the call leaves out.
+    found = pc.given(clamp={"z": torch.ones(2, 3)}, release=["x"]).infer(y, x)
+    assert torch.allclose(found["x"], torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (4, 2, 2)])
 def test_a_gain_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
     def model(x: Tensor) -> None:

@@ -45,7 +45,7 @@ class Given:
 
     Args:
         model: Any Pyro program.
-        clamp: Values of latents that are known, by site.
+        clamp: Values of latents that are known, by site, each of the shape of its site.
         release: Observed sites that are latent now.
         missing: Observed sites whose NaN entries are latents. Entries of a discrete likelihood
             with independent entries are left out of the energy instead, which sums them out as
@@ -127,7 +127,7 @@ class _Given(Messenger):
             return
         self.seen[name] = bool(msg["is_observed"])
         if name in known.clamp:
-            msg["value"], msg["is_observed"] = known.clamp[name], True
+            _clamp(msg, known.clamp[name])
         elif name in known.release and msg["is_observed"]:
             msg["value"], msg["is_observed"] = None, False
         if name in known.gain:
@@ -150,6 +150,29 @@ class _Given(Messenger):
                     f"Site {name!r} is no data in this call, so there is nothing to release. Call "
                     "the model with the data of that site."
                 )
+
+
+def _clamp(msg: dict[str, Any], value: Any) -> None:
+    """Make a latent known, at its own shape: what broadcasts would be another program's value."""
+    name, fn = msg["name"], msg["fn"]
+    if msg["is_observed"]:
+        raise ValueError(
+            f"Site {name!r} is data in this call, and clamp makes latents known. Call the model "
+            "with that value in place of its data."
+        )
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"The value that site {name!r} is clamped to must be a tensor, got "
+            f"{type(value).__name__}. Pass torch.as_tensor(value)."
+        )
+    shape = fn.batch_shape + fn.event_shape
+    if value.shape != shape:
+        raise ValueError(
+            f"The value that site {name!r} is clamped to must have the shape of the site in this "
+            f"call, {tuple(shape)}, got {tuple(value.shape)}. Expand it "
+            f"(value.expand{tuple(shape)}), or take the rows of this call."
+        )
+    msg["value"], msg["is_observed"] = value, True
 
 
 def _weigh(msg: dict[str, Any], gain: Tensor | float) -> None:
