@@ -23,9 +23,10 @@ from tests.fault import Fault
 from tests.faults_coding import FAULTS as CODING
 from tests.faults_core import FAULTS as CORE
 from tests.faults_sampling import FAULTS as SAMPLING
+from tests.faults_sequences import FAULTS as SEQUENCES
 
 ROOT = Path(__file__).resolve().parent.parent
-FAULTS = [*CORE, *CODING, *SAMPLING]
+FAULTS = [*CORE, *CODING, *SAMPLING, *SEQUENCES]
 
 
 def stale(fault: Fault, root: Path = ROOT) -> str:

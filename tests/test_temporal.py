@@ -435,6 +435,45 @@ def test_the_gradient_is_taken_at_the_final_state() -> None:
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_evidence_of_a_step_has_its_whole_derivative(steps: int) -> None:
+    """The curvature moves with the state and the state with the parameters: differences agree.
+
+    Local in time: what came before a step is a constant in its derivative.
+    """
+    y = torch.tensor([[3.0, 1.0], [0.0, 2.0]])[:, :steps]
+
+    def counts(y: Tensor) -> None:
+        rate = pyro.param("rate", torch.tensor(0.7))
+        with pyro.plate("data", len(y)):
+            z = torch.zeros(len(y))
+            for t in range(y.shape[1]):
+                own = rate if t == y.shape[1] - 1 else rate.detach()
+                z = pyro.sample(f"z_{t}", dist.Normal(own * z, 1.0 + own**2))
+                pyro.sample(f"y_{t}", dist.Poisson((own * z).exp()), obs=y[:, t])
+
+    loop = temporal(counts, "laplace")
+    loop._loss(loop._read((y,), {})).backward()
+    found = pyro.get_param_store().get_param("rate")
+    ahead, behind = (loop_at(y, 0.7, 0.7 + h) for h in (1e-4, -1e-4))
+    assert found.grad.item() == pytest.approx((ahead - behind) / 2e-4, rel=1e-5)
+
+
+def loop_at(y: Tensor, before: float, last: float) -> float:
+    """The loss with another rate at the last step alone."""
+
+    def counts(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            z = torch.zeros(len(y))
+            for t in range(y.shape[1]):
+                own = last if t == y.shape[1] - 1 else before
+                z = pyro.sample(f"z_{t}", dist.Normal(own * z, 1.0 + own**2))
+                pyro.sample(f"y_{t}", dist.Poisson((own * z).exp()), obs=y[:, t])
+
+    return temporal(counts, "laplace").evaluate_loss(y)
+
+
+@pytest.mark.usefixtures("float64")
 def test_a_learned_precision_settles_at_the_predicted_covariance() -> None:
     """1.618 for the random walk: where squared innovations are as large as they are predicted."""
     _, x = walks(4000, 4)

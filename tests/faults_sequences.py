@@ -1,0 +1,97 @@
+"""Faults of what follows time: filters by predictive coding, in closed form and by particles."""
+
+from __future__ import annotations
+
+from tests.fault import Fault
+
+TEMPORAL = "tests/test_temporal.py::"
+FIVO = "tests/test_fivo.py::"
+HGF = "tests/test_gaussian_filter.py::"
+
+FAULTS = [
+    Fault(
+        "a belief is carried without the transition",
+        "guides/inference/temporal.py",
+        "total = total + slope @ covariance.detach() @ slope.mT",
+        "total = total + covariance.detach()",
+        TEMPORAL + "test_carried_precision_is_the_kalman_filter",
+    ),
+    Fault(
+        "the extended filter takes its curvature at the prediction",
+        "guides/inference/temporal.py",
+        'point = joint.start if self.precision in ("riccati", "steady") else u',
+        "point = joint.start",
+        TEMPORAL + "test_the_extended_filter_is_the_iterated_kalman_filter",
+    ),
+    Fault(
+        "the program's own density counts beside a carried one",
+        "guides/sequences/window.py",
+        'msg["mask"] = False',
+        "pass",
+        TEMPORAL + "test_carried_precision_is_the_kalman_filter",
+    ),
+    Fault(
+        "steps that a row lacks have an evidence",
+        "guides/inference/temporal_evidence.py",
+        "rest = torch.where(joint.on, rest, torch.zeros_like(rest))",
+        "pass",
+        TEMPORAL + "test_rows_do_not_know_each_other[riccati]",
+    ),
+    Fault(
+        "the minimum of a step is held while its evidence is differentiated",
+        "guides/inference/temporal_evidence.py",
+        "blocks(point - step)",
+        "blocks(point - step.detach())",
+        TEMPORAL + "test_the_evidence_of_a_step_has_its_whole_derivative",
+    ),
+    Fault(
+        "the steady state is that of the process noise",
+        "guides/inference/temporal_riccati.py",
+        "moved = slope @ belief @ slope.mT + noise",
+        "moved = noise + 0 * belief",
+        TEMPORAL + "test_steady_precision_is_the_steady_kalman_filter",
+    ),
+    Fault(
+        "weights are kept after resampling",
+        "guides/objectives/fivo.py",
+        "log_w = torch.where(weak, torch.zeros_like(log_w), log_w)",
+        "pass",
+        FIVO + "test_the_evidence_is_unbiased",
+    ),
+    Fault(
+        "particles are resampled without their histories",
+        "guides/objectives/fivo.py",
+        "run.select(torch.where(weak, chosen, kept))",
+        "run.select(kept.expand_as(chosen))",
+        FIVO + "test_the_filter_follows_particles_and_not_places",
+    ),
+    Fault(
+        "steps that a row lacks count in q of an objective",
+        "guides/objectives/packed_draws.py",
+        "torch.where(self.mask, term, torch.zeros_like(term))",
+        "term",
+        FIVO + "test_objectives_count_no_step_that_a_row_lacks",
+    ),
+    Fault(
+        "a surprise does not change how sure a volatility is",
+        "guides/inference/gaussian_filter.py",
+        "weight * (weight + (2 * weight - 1) * delta)",
+        "weight * weight",
+        HGF + "test_the_volatility_update_is_a_newton_step_on_the_energy",
+    ),
+    Fault(
+        "a volatility sees the mean of its child and not its doubt",
+        "guides/inference/gaussian_filter.py",
+        "squared = 1 / child.precision + (child.mean - child_predicted.mean).square()",
+        "squared = (child.mean - child_predicted.mean).square()",
+        HGF + "test_the_energy_is_the_expectation_under_the_belief_about_the_child"
+        " " + HGF + "test_three_levels_of_the_paper",
+    ),
+    Fault(
+        "experts are averaged by their scales",
+        "guides/sequences/product.py",
+        "precisions = [scale**-2 for _, scale in experts]",
+        "precisions = [scale**-1 for _, scale in experts]",
+        "tests/test_sequences.py::test_a_product_of_experts_is_the_product_of_their_densities",
+    ),
+]
