@@ -51,13 +51,15 @@ def walks(rows: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("precision", ["riccati", "laplace"])
-@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+@pytest.mark.parametrize(
+    ("precision", "covariance"),
+    [("riccati", "full"), ("laplace", "full"), ("riccati", "diagonal")],
+)
 def test_carried_precision_is_the_kalman_filter(precision: str, covariance: str) -> None:
     """T16, transient and all: means, covariances, predictions and the evidence; ragged too."""
-    model, x = made(covariance=covariance)
+    model, x = made(4, covariance=covariance)
     loop = temporal(model, precision)
-    lengths = torch.tensor([5, 1, 3, 2])
+    lengths = torch.tensor([4, 1, 3, 2])
     for args in ((x,), (x, lengths), (x[:1, :1],)):
         found = loop.filter(*args)
         exact, predicted, evidence = model._filter(args[0], *args[1:] or (None,))
@@ -111,7 +113,7 @@ def test_fixed_precision_is_a_kalman_update_with_the_process_noise() -> None:
 @pytest.mark.usefixtures("float64")
 def test_the_scalar_random_walk() -> None:
     """T16: gain and error .618 against 1/2 and 2/3, in closed form and simulated."""
-    z, x = walks(8_000, 7)
+    z, x = walks(4_000, 6)
     errors = {}
     cases = {
         "steady": (temporal(walk, "steady"), GOLDEN, GOLDEN),
@@ -122,13 +124,13 @@ def test_the_scalar_random_walk() -> None:
     for name, (loop, gain, variance) in cases.items():
         # 1 / 1.618 is the golden gain itself: 1.618 is the covariance of a prediction.
         other = x[:2].clone()
-        other[0, 5] += 1.0
-        moved = loop.infer(other)["z_5"][0] - loop.infer(x[:2])["z_5"][0]
+        other[0, 4] += 1.0
+        moved = loop.infer(other)["z_4"][0] - loop.infer(x[:2])["z_4"][0]
         assert float(moved) == pytest.approx(gain, abs=1e-8)
-        square = (loop.infer(x)["z_6"] - z[:, 6]).square()
+        square = (loop.infer(x)["z_5"] - z[:, 5]).square()
         error = float(square.std() / math.sqrt(len(square)))
         assert float(square.mean()) == pytest.approx(variance, abs=4 * error)
-        assert error < 0.02
+        assert error < 0.025
         errors[name] = square
         # The same variance as the fixed point of error propagation with a constant gain.
         p = variance
@@ -264,9 +266,9 @@ def test_rows_that_the_program_draws() -> None:
             pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
 
     loop = temporal(subsampled, "riccati")
-    losses = torch.tensor([loop.evaluate_loss() for _ in range(30)])
+    losses = torch.tensor([loop.evaluate_loss() for _ in range(15)])
     whole = temporal(walk, "riccati").evaluate_loss(full)
-    assert losses.mean().item() == pytest.approx(whole, abs=4 * losses.std().item() / 30**0.5)
+    assert losses.mean().item() == pytest.approx(whole, abs=4 * losses.std().item() / 15**0.5)
     assert losses.std() > 0
 
 
@@ -329,8 +331,8 @@ def test_rows_do_not_know_each_other(precision: str) -> None:
     """Ragged rows are those of shorter sequences; padding counts nowhere; longer ones run."""
     model, x = made(2)
     loop = temporal(model, precision)
-    longer = torch.cat([x, x], 1)
-    lengths = torch.tensor([4, 1, 2, 3])
+    longer = torch.cat([x, x], 1)[:3, :3]
+    lengths = torch.tensor([3, 1, 2])
     found = loop.infer(longer, lengths)
     padded = longer.clone()
     padded[1, 1:] = 1e3
