@@ -505,6 +505,22 @@ def test_a_learned_precision_settles_at_the_predicted_covariance() -> None:
     assert slopes[2.5] > 4
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_learning_a_precision_ends_at_the_predicted_covariance() -> None:
+    """From the process noise, 1, to 1.618, within four standard errors of its information."""
+    torch.manual_seed(0)
+    _, x = walks(1000, 3)
+    x = x + GOLDEN**0.5 * torch.randn(len(x), 1)
+    optim = pyro.optim.ClippedAdam({"lr": 0.06, "lrd": 0.93})
+    loop = TemporalPredictiveCoding(started, optim, precision="learned", name="walk")
+    loop.run(40, ((x,), {}), progress=False)
+    found = pyro.param("walk.prediction_scale_tril").detach().item() ** 2
+    error = (2 + GOLDEN) * (2 / (2 * len(x))) ** 0.5  # of a variance, from 2 steps of each row
+    assert found == pytest.approx(1 + GOLDEN, abs=4 * error)
+    assert 1.0 + 4 * error < 1 + GOLDEN
+
+
 def started(x: Tensor) -> None:
     """The random walk, begun in the steady state of its filter."""
     with pyro.plate("data", len(x)):
