@@ -1,10 +1,11 @@
-"""Write the generated tables again, of the README and of docs/compiled.md.
+"""Write the generated tables again, of the README and of pages in docs/.
 
     python docs/tables.py            write the pages
     python docs/tables.py --check    exit with 1 where a page is not what this would write
 
 Models and guides come from the registries, results from the committed records, and what has a
-graph from the capture suite and from programs that are run here (``docs/captured.py``).
+graph from the capture suite and from programs that are run here (``docs/captured.py``), numbers
+of the correspondences from their record (``docs/correspondences.py``).
 
 A table stands between the marks ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
 """
@@ -28,6 +29,8 @@ RECORDS = ROOT / "benchmarks" / "records" / "quick"
 
 # `python docs/tables.py` puts docs/, not the repository, on the path.
 sys.path.insert(0, str(ROOT))
+
+from docs.correspondences import numbers  # noqa: E402
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
@@ -456,6 +459,7 @@ def _paired(high: Sequence[float], low: Sequence[float]) -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"models": models, "guides": grid, "results": results, "studies": studies},
     "docs/compiled.md": {"captured": captured},
+    "docs/correspondences.md": {"numbers": numbers},
 }
 
 
