@@ -81,7 +81,7 @@ def test_an_objective_has_a_graph_with_every_kind_of_family(objective: str, fami
 def _hundred_steps(model: str, guide: str, dtype: torch.dtype, mode: str = "graph") -> None:
     """Losses and parameters of every step, and no excuse for programs that blow rounding up.
 
-    Some pairs make 1e-2 of one unit in the last place of their start within a hundred steps. A
+    Some pairs make 1e-7 of one unit in the last place of their start within a hundred steps. A
     graph agrees with those, too, because its operations are those of the program and of the
     optimizer, one by one.
     """
