@@ -296,7 +296,7 @@ FAULTS = [
     Fault(
         "a clamped site is free",
         "guides/inference/given.py",
-        'msg["value"], msg["is_observed"] = known.clamp[name], True',
+        'msg["value"], msg["is_observed"] = value, True',
         'msg["value"], msg["is_observed"] = None, False',
         "tests/test_clamping.py::test_clamping_a_latent_to_its_value_leaves_all_others",
     ),
