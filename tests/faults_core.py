@@ -402,4 +402,25 @@ FAULTS = [
         "if bias is None",
         "tests/test_compiled_svi.py::test_parameters_have_the_bits_of_the_optimizers",
     ),
+    Fault(
+        "a full covariance of the likelihood has no floor",
+        "zoo/likelihood.py",
+        "torch.linalg.cholesky(factor @ factor.mT + floor)",
+        "torch.linalg.cholesky(factor @ factor.mT)",
+        "tests/test_full_covariance.py",
+    ),
+    Fault(
+        "a full covariance of the likelihood is A'A",
+        "zoo/likelihood.py",
+        "torch.linalg.cholesky(factor @ factor.mT + floor)",
+        "torch.linalg.cholesky(factor.mT @ factor + floor)",
+        "tests/test_full_covariance.py",
+    ),
+    Fault(
+        "lateral weights of a level ignore its scales",
+        "zoo/hierarchical_vae.py",
+        "factor = scale.unsqueeze(-1) * self.lateral.scale",
+        "factor = self.lateral.scale",
+        "tests/test_full_covariance.py",
+    ),
 ]

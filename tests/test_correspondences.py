@@ -56,6 +56,7 @@ def test_sparse_codes_are_local_and_oriented() -> None:
     assert "Cauchy prior" in FIGURES["sparse_coding"]([found], pictures)
 
 
+@pytest.mark.slow
 def test_rao_and_ballards_first_level_is_local_and_oriented() -> None:
     found, pictures = spatial.rao_ballard(
         num_steps=200, side=7, stride=3, z_dims=(16, 6), num_rows=2500
