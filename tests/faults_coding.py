@@ -106,7 +106,7 @@ FAULTS = [
     ),
     Fault(
         "globals climb",
-        "guides/inference/predictive_coding.py",
+        "guides/inference/relaxing_step.py",
         'relaxed.packed["global"] - rate * step',
         'relaxed.packed["global"] + rate * step',
         "tests/test_predictive_coding.py::test_minibatches_bring_globals_to_the_mode_of_all_rows",

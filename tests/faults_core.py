@@ -154,7 +154,7 @@ FAULTS = [
     ),
     Fault(
         "globals chase the last minibatch",
-        "guides/inference/predictive_coding.py",
+        "guides/inference/relaxing_step.py",
         "rate = 1.0 / log_joint.layout.scale if self.global_rate is None else self.global_rate",
         "rate = 1.0",
         CODING,
@@ -162,7 +162,7 @@ FAULTS = [
     Fault(
         "evaluate_loss keeps globals",
         "guides/inference/predictive_coding.py",
-        "        _, relaxed = self._relax(log_joint, hold_globals=_holds_globals(log_joint))\n",
+        "        _, relaxed = self._relax(log_joint, hold_globals=holds_globals(log_joint))\n",
         "        values, relaxed = self._relax(log_joint)\n"
         "        self._keep_globals(log_joint, values)\n",
         CODING,

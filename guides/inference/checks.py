@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro.optim
 import pyro.poutine as poutine
 import torch
 from pyro.nn import PyroModule
@@ -15,9 +16,63 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from guides.capture.surroundings import buffers_kept
+from guides.guide import ProgramGuide
+from guides.inference.solvers.solver import check_solver
 from guides.supports import feasible
 
-__all__ = ["capture", "check_ownership", "warn_frozen"]
+__all__ = ["capture", "check_arguments", "check_ownership", "warn_frozen"]
+
+
+def check_arguments(
+    model: Any,
+    optim: Any,
+    guide: Any,
+    num_steps: int,
+    step_size: Any,
+    parameterization: str,
+    solver: Any,
+    warm_start: str | None,
+    newton_steps: int,
+    global_rate: float | None,
+) -> None:
+    """Raise unless a loop of predictive coding can be made of these arguments.
+
+    Raises:
+        TypeError: For arguments in another order.
+        ValueError: For one out of range.
+    """
+    if not callable(model) or isinstance(model, (type, ProgramGuide, pyro.optim.PyroOptim)):
+        raise TypeError(
+            "The order is PredictiveCoding(model, optim, guide=None), and the model is a Pyro "
+            f"program; got {type(model).__name__} first."
+        )
+    if not isinstance(optim, pyro.optim.PyroOptim):
+        raise TypeError(
+            f"optim must be a PyroOptim, got {type(optim).__name__}. Use for example "
+            'pyro.optim.Adam({"lr": 1e-3}).'
+        )
+    if num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, got {num_steps}.")
+    if step_size != "auto" and not (isinstance(step_size, (int, float)) and step_size > 0):
+        raise ValueError(f'step_size must be "auto" or a positive number, got {step_size!r}.')
+    if parameterization not in ("auto", "centered", "noncentered"):
+        raise ValueError(
+            'parameterization must be "auto", "centered" or "noncentered", got '
+            f"{parameterization!r}."
+        )
+    if solver != "auto":
+        check_solver(solver, step_size)
+    if warm_start not in (None, "guide", "last"):
+        raise ValueError(f'warm_start must be None, "guide" or "last", got {warm_start!r}.')
+    if warm_start == "guide" and guide is None:
+        raise ValueError(
+            'warm_start="guide" needs a guide to start from. Pass guide=, for example '
+            'guides.make("amortized_normal", model, x).'
+        )
+    if newton_steps < 0:
+        raise ValueError(f"newton_steps must not be negative, got {newton_steps}.")
+    if global_rate is not None and not 0 < global_rate <= 1:
+        raise ValueError(f"global_rate must be in (0, 1], got {global_rate}.")
 
 
 def capture(
