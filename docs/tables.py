@@ -217,7 +217,7 @@ def studies() -> str:
         if not file.is_file():
             continue
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        about = next(line for line in lines if line["kind"] == "study")
+        about = [line for line in lines if line["kind"] == "study"][-1]
         found = {
             tuple(line["key"].values()): line["values"]
             for line in lines
