@@ -74,6 +74,13 @@ def test_importance_sampling_is_right_where_it_is_exact() -> None:
     assert sizes.min() > 100
 
 
+def test_independent_pixels_are_bernoullis_of_their_means() -> None:
+    train = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    found = mnist_dlgm.independent_pixels(train, torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    expected = torch.tensor([0.75 * 0.25, 0.25 * 0.75]).log()
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_note_waits_for_all_runs(tmp_path) -> None:
     about = {"title": "t", "question": "q", "protocol": "p", "command": "c"}
     with StudyLog(tmp_path / "study.jsonl", **about) as log:

@@ -119,7 +119,7 @@ def test_the_decoder_relaxes_as_the_task_says(method: str, step: float, momentum
 @pytest.mark.usefixtures("tiny")
 def test_the_decoder_study_runs_and_resumes(tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 1, "mode": "eager", "sizes": (3, 5, 5, 12)}
-    options |= {"prior_epochs": 1, "num_samples": 20}
+    options |= {"prior_epochs": 1, "num_samples": 20, "num_temperatures": 10}
     path = tmp_path / "study.jsonl"
     pc_decoder.run(path, seeds=(0,), **options)
     made = results(path)
@@ -129,8 +129,10 @@ def test_the_decoder_study_runs_and_resumes(tmp_path: Path) -> None:
     ]
     assert all(0 < line["values"]["mse"] < 1 for line in made[:-1])
     evidence = torch.tensor(made[-1]["values"]["log_evidence"])
-    assert evidence.shape == (10,)
+    annealed = torch.tensor(made[-1]["values"]["annealed"])
+    assert evidence.shape == annealed.shape == (10,)
     assert (evidence < 0).all(), "masses of binary rows"
+    assert (annealed < 0).all()
     pc_decoder.run(path, seeds=(0,), **options)
     assert results(path) == made
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")  # one is missing
