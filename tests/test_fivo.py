@@ -355,3 +355,31 @@ def test_what_it_cannot_do_is_said() -> None:
         FIVO(4).loss(coupled, guides.make("filtering_normal", coupled, data, **SMALL), data)
     with pytest.raises(ValueError, match="needs a guide with a density"):
         FIVO(4).loss(model, guides.make("filtering_delta", model, x, **SMALL), x)
+
+
+def test_data_that_need_later_latents_are_refused() -> None:
+    """And so are data that count where the latents of their step do not, whenever they come."""
+
+    def backwards(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            held = [pyro.sample(f"z_{t}", dist.Normal(torch.zeros(len(x)), 1.0)) for t in (0, 1)]
+            for t in (1, 0):
+                pyro.sample(f"x_{t}", dist.Normal(held[t], 1.0), obs=x[:, t])
+
+    def half_masked(x: Tensor, seen: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for t in range(2):
+                with poutine.mask(mask=seen[:, t]):
+                    z = pyro.sample(f"z_{t}", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    x, on = torch.randn(3, 2), torch.ones(3, 2, dtype=torch.bool)
+    guide = guides.make("filtering_normal", backwards, x, **SMALL)
+    with pytest.raises(NotImplementedError, match="'x_1' of the step of z_0 depends on later"):
+        FIVO(4).loss(backwards, guide, x)
+    guide = guides.make("filtering_normal", half_masked, x, on, **SMALL)
+    objective = FIVO(4)
+    assert math.isfinite(objective.loss(half_masked, guide, x, on))
+    on[0, 1] = False
+    with pytest.raises(NotImplementedError, match="or counts where those latents are masked"):
+        objective.loss(half_masked, guide, x, on)

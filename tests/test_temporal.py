@@ -612,6 +612,77 @@ def masked_inside(x: Tensor) -> None:
             pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
 
 
+def backwards(x: Tensor) -> None:
+    """Data after all latents, last step first."""
+    with pyro.plate("data", len(x)):
+        z, held = torch.zeros(len(x)), []
+        for t in range(x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            held.append(z)
+        for t in reversed(range(x.shape[1])):
+            pyro.sample(f"x_{t}", dist.Normal(held[t], 1.0), obs=x[:, t])
+
+
+def half_masked(x: Tensor, seen: Tensor) -> None:
+    """Latents that rows lack, with data that count."""
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x))
+        for t in range(x.shape[1]):
+            with poutine.mask(mask=seen[:, t]):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
+def peaked(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x))
+        for t in range(x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+            pyro.sample(f"x_{t}", dist.Laplace(z, 0.1), obs=x[:, t])
+
+
+def heavy(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x))
+        for t in range(x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 3.0))
+            pyro.sample(f"x_{t}", dist.StudentT(1.0, z, 0.1), obs=x[:, t])
+
+
+def once_late(x: Tensor) -> None:
+    """Another noise at a step in the middle alone."""
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x))
+        for t in range(x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 9.0 if t == 2 else 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
+def test_steps_are_checked_for_every_structure_and_draw_nothing() -> None:
+    loop, on = temporal(half_masked), torch.ones(2, 3, dtype=torch.bool)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    loop.infer(X, on)
+    assert torch.equal(torch.get_rng_state(), before)
+    on[1, 1:] = False
+    with pytest.raises(NotImplementedError, match=r"'x_1' .* or counts where those latents"):
+        loop.infer(X, on)
+
+
+def test_where_there_is_no_evidence_the_energy_is_learned_from() -> None:
+    x = torch.tensor([[0.5]])
+    for hessian in ("exact", "gauss_newton"):
+        with pytest.raises(ValueError, match=r"kink where .* Pass evidence=False"):
+            temporal(peaked, "riccati", hessian=hessian).log_evidence(x)
+    loop = temporal(peaked, "riccati", hessian="gauss_newton", evidence=False)
+    exact = dist.Normal(0.0, 1.0).log_prob(x) + dist.Laplace(x, 0.1).log_prob(x)
+    assert loop.evaluate_loss(x) == pytest.approx(-exact.item(), abs=0.05)
+    x = torch.tensor([[0.0, 0.15, 9.0, 0.0]])
+    with pytest.raises(ValueError, match=r"not convex .* or pass evidence=False"):
+        temporal(heavy, "riccati", hessian="gauss_newton", num_steps=1).log_evidence(x)
+    assert temporal(heavy, "riccati", evidence=False, num_steps=1).evaluate_loss(x) > 0
+
+
 X = torch.zeros(2, 3)
 
 
@@ -634,6 +705,9 @@ X = torch.zeros(2, 3)
         (lambda: temporal(scaled, "riccati").infer(X), "'z_0' is scaled"),
         (lambda: temporal(masked_inside).infer(X), "'z_0' has a mask of its own"),
         (lambda: temporal(late, "steady").infer(X), "its noise changes between"),
+        (lambda: temporal(once_late, "steady").infer(torch.zeros(2, 5)), "its noise changes"),
+        (lambda: temporal(backwards).infer(X), "'x_2' of the step of z_0 depends on later"),
+        (lambda: temporal(walk, jacobian=False).log_evidence(X), "log_evidence needs jacobian"),
         (lambda: temporal(bent, "steady").infer(torch.zeros(2, 3, 2)), "needs a program that"),
         (lambda: temporal(unseen, "steady").infer(X), "did not settle"),
     ],

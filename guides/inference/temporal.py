@@ -62,7 +62,7 @@ from guides.inference.temporal_step import Carried, Sequential, StepJoint, linea
 from guides.layout import layout
 from guides.probe import Program, probe
 from guides.sequences.steps import read_steps
-from guides.sequences.window import step_terms
+from guides.sequences.window import Structure, check_windows, step_terms, structure
 from guides.supports import is_masked
 
 __all__ = ["PRECISIONS", "Beliefs", "TemporalPredictiveCoding"]
@@ -219,6 +219,7 @@ class TemporalPredictiveCoding:
         self.frozen: list[str] = []
         self._steps = 0
         self._checked = False
+        self._structures: set[Structure] = set()
         self._guard = CollapseGuard()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -229,6 +230,10 @@ class TemporalPredictiveCoding:
             ``evidence`` it is the sum of the energies of all steps, with ``precision="fixed"``
             -log p(x, z) at the filtered states: no bound on -log p(x). With it, it approximates
             -log p(x): exactly, on linear Gaussian programs with ``"riccati"`` or ``"laplace"``.
+
+        Raises:
+            IndefiniteHessianError: With it, where the energy of a step is not convex.
+            KinkError: With it, where the energy of a step has a kink at its minimum.
         """
         with poutine.trace(param_only=True) as trace:
             loss = self._loss(self._read(args, kwargs))
@@ -277,7 +282,17 @@ class TemporalPredictiveCoding:
 
         Exact on linear Gaussian programs with ``"riccati"`` or ``"laplace"``, an approximation
         elsewhere; with ``"fixed"``, where points stand for what came before, no good one.
+
+        Raises:
+            ValueError: With ``jacobian=False``.
+            IndefiniteHessianError: Where the energy of a step is not convex at its minimum.
+            KinkError: Where it has a kink there.
         """
+        if not self.jacobian:
+            raise ValueError(
+                "log_evidence needs jacobian=True: an evidence is an integral over unconstrained "
+                "space, whose density has the log-determinants."
+            )
         settled = self._sweep(self._read(args, kwargs), learning=True, evidence=True)
         return (
             -torch.stack([step.loss for step in settled if step.loss is not None]).sum(0).detach()
@@ -334,6 +349,10 @@ class TemporalPredictiveCoding:
         if first:
             self._check(call)
             self._checked = True
+        shape = structure(steps)
+        if shape not in self._structures:
+            check_windows(self.model, args, kwargs, read, steps, terms)
+            self._structures.add(shape)
         return call
 
     def _check(self, call: Sequential) -> None:
@@ -516,7 +535,8 @@ class TemporalPredictiveCoding:
         elif joint.on is not None:
             eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
             found = torch.where(joint.on[:, None, None], found, eye)
-        factor = curvature_factor(joint, found)
+        way = 'hessian="gauss_newton", which is positive definite'
+        factor = curvature_factor(joint, found, way)
         return torch.cholesky_inverse(factor)
 
     def __repr__(self) -> str:

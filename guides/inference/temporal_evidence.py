@@ -13,10 +13,14 @@ import math
 import torch
 from torch import Tensor
 
+from guides.energy import LogJoint
+from guides.inference.curvature import KinkError, check_kinks
 from guides.inference.laplace_guide import IndefiniteHessianError
 from guides.inference.temporal_step import StepJoint
 
 __all__ = ["curvature_factor", "laplace_evidence"]
+
+_ENERGY = "evidence=False, which learns from the energy"
 
 
 def laplace_evidence(joint: StepJoint, u: Tensor) -> Tensor:
@@ -28,6 +32,7 @@ def laplace_evidence(joint: StepJoint, u: Tensor) -> Tensor:
 
     Raises:
         IndefiniteHessianError: Where there is no minimum.
+        KinkError: Where a density of the step has a kink there.
     """
     point = u.detach()
     size = point.shape[-1]
@@ -42,7 +47,18 @@ def laplace_evidence(joint: StepJoint, u: Tensor) -> Tensor:
         return rows, slope, torch.stack([column for (column,) in columns], -1)
 
     _, slope, curved = blocks(point.clone().requires_grad_())
-    curvature_factor(joint, curved.detach())
+    # The evidence takes the curvature of the energy itself, whichever Hessian a belief has.
+    plain = LogJoint(joint.model, joint.args, joint.kwargs, layout=joint.layout)
+    try:
+        check_kinks(plain, {"data": point}, {"local": curved.detach()})
+    except KinkError as error:
+        names = ", ".join(joint.layout.sites)
+        raise KinkError(
+            f"The Laplace evidence of the step of {names} needs a curvature, and has none: one of "
+            "its densities has a kink where the relaxation ended. Pass evidence=False, which "
+            "learns from the energy, or give the site a smooth density (StudentT, Normal)."
+        ) from error
+    curvature_factor(joint, curved.detach(), _ENERGY)
     step = torch.linalg.solve(curved.detach(), slope.unsqueeze(-1)).squeeze(-1)
     rows, _, curved = blocks(point - step)
     log_det = torch.linalg.cholesky(curved).diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -52,8 +68,13 @@ def laplace_evidence(joint: StepJoint, u: Tensor) -> Tensor:
     return rows + rest
 
 
-def curvature_factor(joint: StepJoint, curved: Tensor) -> Tensor:
+def curvature_factor(joint: StepJoint, curved: Tensor, way: str) -> Tensor:
     """Cholesky factor of the curvature of a step, ``(B, K, K)``.
+
+    Args:
+        joint: The step.
+        curved: The curvature of its energy ``(B, K, K)``.
+        way: What to do where there is no factor, beside relaxing further.
 
     Raises:
         IndefiniteHessianError: Where it is not positive definite.
@@ -64,6 +85,6 @@ def curvature_factor(joint: StepJoint, curved: Tensor) -> Tensor:
         raise IndefiniteHessianError(
             f"The energy of the step of {names} is not convex where its relaxation ended, in "
             f"{int((info != 0).sum())} of {len(info)} rows: there is no belief to carry. Relax "
-            'further (num_steps), or pass hessian="gauss_newton", which is positive definite.'
+            f"further (num_steps), or pass {way}."
         )
     return factor

@@ -58,7 +58,7 @@ def _system(call: Sequential) -> tuple[Tensor, Tensor, Tensor]:
         states: dict[int, Tensor] = {}
         for t in range(len(call.steps)):
             states[t] = predict(call, t, states) + offset
-        for t in sorted({1, last}):
+        for t in range(1, last + 1):
             _, slope, gain = linearize(call, t, states)
             assert slope is not None
             own = call.layout(t)
@@ -87,7 +87,7 @@ def _system(call: Sequential) -> tuple[Tensor, Tensor, Tensor]:
                         )
     if not found:
         raise ValueError(
-            'precision="steady" reads the program off its second and its last step, which no row '
+            'precision="steady" reads the program off its steps after the first, which no row '
             'has in this call. Pass precision="riccati".'
         )
     return found["transition"], found["noise"], found["curvature of the data"]

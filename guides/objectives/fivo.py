@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guides.capturing import is_capturing
 from guides.draws import over_draws
 from guides.inference.resampling import effective_fraction, systematic
 from guides.layout import Layout
@@ -18,7 +19,7 @@ from guides.objectives.packed_draws import random_rows
 from guides.objectives.weighted import check_rowwise
 from guides.probe import Program
 from guides.sequences.guide import SequenceCall, SequenceGuide
-from guides.sequences.window import Window, step_terms
+from guides.sequences.window import Window, check_windows, step_terms, structure
 
 __all__ = ["FIVO"]
 
@@ -62,6 +63,8 @@ class FIVO(Objective):
     Raises:
         ValueError: For a threshold outside of [0, 1]; from a call, for a guide that is not one of
             sequences, or rows that talk to each other.
+        NotImplementedError: From a call, for data of a step that depend on later latents, or count
+            in rows whose latents of that step are masked.
 
     Example:
         >>> import pyro, pyro.distributions as dist, guides
@@ -118,6 +121,8 @@ class FIVO(Objective):
         read = random_rows(guide._layout(args, kwargs, None), guide, args, kwargs)
         call = guide._call(args, kwargs, read)
         run = _Run(model, guide, args, kwargs, call, self.num_particles)
+        if not is_capturing() and self._is_first(str(structure(call.steps)), model, guide):
+            check_windows(model, args, kwargs, read, call.steps, run.terms)
         above = run.globals()
         log_w = run.zeros()  # (K, B)
         bound = torch.zeros_like(log_w[0])

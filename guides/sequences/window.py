@@ -12,16 +12,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from guides.capture.surroundings import buffers_kept
+from guides.capturing import is_capturing
+from guides.energy import LogJoint
 from guides.layout import Layout
 from guides.location_scale import is_location_scale, location
 from guides.probe import Program, probe
 from guides.sequences.steps import Step
 
-__all__ = ["Window", "step_terms"]
+__all__ = ["Structure", "Window", "check_windows", "step_terms", "structure"]
+
+Structure = tuple[tuple[tuple[str, ...], bool], ...]
+"""Latents of the steps, and whether any row lacks one."""
 
 
 class Window:
@@ -155,6 +162,79 @@ def step_terms(
                 )
             found[current].append(name)
     return [tuple(names) for names in found]
+
+
+def structure(steps: Sequence[Step]) -> Structure:
+    """What calls have in common whose windows need one check.
+
+    Args:
+        steps: The steps of a call.
+    """
+    return tuple((step.sites, _lacked(step.mask)) for step in steps)
+
+
+def check_windows(
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    read: Layout,
+    steps: Sequence[Step],
+    terms: Sequence[Sequence[str]],
+) -> None:
+    """Raise unless the windows of all steps together are the program, at random latents.
+
+    A window runs later latents at a center, and leaves out the rows that lack its step: both are
+    wrong for data that count nevertheless. The generators of the caller are left where they are.
+
+    Args:
+        model: The program.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        read: The layout of the call.
+        steps: Its steps.
+        terms: What :func:`step_terms` found.
+
+    Raises:
+        NotImplementedError: Naming the first site that is scored otherwise.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+    def scored(program: Program, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Every run from the same state, so that a program that draws by itself draws the same.
+        with torch.random.fork_rng(devices):
+            return LogJoint(program, args, kwargs, layout=read).run(given).terms
+
+    with torch.no_grad(), buffers_kept(model):
+        with torch.random.fork_rng(devices):
+            values = read.constrain(
+                {
+                    group.name: torch.randn(group.shape, dtype=group.dtype, device=group.device)
+                    for group in read.groups
+                }
+            )
+        whole = scored(model, values)
+        later = {name for step in steps for name in step.sites}
+        for step, names in zip(steps, terms, strict=True):
+            later -= set(step.sites)
+            known = {name: value for name, value in values.items() if name not in later}
+            own = scored(Window(model, known, step.sites, names), known)
+            for name in (*step.sites, *names):
+                part = own[name]
+                if step.mask is not None:
+                    part = torch.where(step.mask, part, torch.zeros_like(part))
+                slack = torch.finfo(part.dtype).eps ** 0.5
+                if not torch.allclose(part, whole[name], rtol=slack, atol=slack, equal_nan=True):
+                    raise NotImplementedError(
+                        f"Terms of the steps do not add up to the program's: site {name!r} of the "
+                        f"step of {', '.join(step.sites)} depends on later latents, or counts "
+                        "where those latents are masked. Sample the data of each step right after "
+                        "its latents, and mask both."
+                    )
+
+
+def _lacked(mask: Tensor | None) -> bool:
+    # Under capture no value can be read: every mask counts as one that takes steps away.
+    return mask is not None and (is_capturing() or not bool(mask.all()))
 
 
 def _position(read: Layout, name: str) -> int:
