@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import guides
+from guides.energy import LogJoint
 from guides.guide import upstream_of
 from guides.inference import BidirectionalPredictiveCoding, Given, PredictiveCoding
 
@@ -234,6 +235,44 @@ def test_a_guide_that_predicts_the_label_is_made_for_the_released_program() -> N
     found = pc.given(release=["x"]).infer(Y, X)["x"]
     other = pc.given(release=["x"]).infer(Y, torch.zeros_like(X))["x"]
     assert torch.equal(found, other)  # nothing of the released data gets through
+
+
+def unlabelled(x: Tensor) -> None:
+    """A latent, an image."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ DOWN["z"].T, 0.8).to_event(1), obs=x)
+
+
+def test_a_guide_hears_the_data_of_the_call_and_rows_that_are_done_leave() -> None:
+    guide = guides.make("amortized_delta", unlabelled, X)
+    for parameter in guide.parameters():
+        parameter.data += 0.3 * fixed(*parameter.shape, seed=11)
+    options: dict[str, Any] = {"solver": "gradient", "num_steps": 400, "tolerance": 1e-4}
+    pc = BidirectionalPredictiveCoding(unlabelled, pyro.optim.SGD({}), guide, **options)
+    other, zero = 3 * X.flip(0), {"z": torch.zeros(3, 3)}
+
+    def log_joint(x: Tensor) -> float:
+        joint = LogJoint(pc.program, (x,), {})
+        return joint.total(*joint.run(zero).total()).item()
+
+    pc.infer(other)
+    expected = log_joint(other)
+    pc.infer(X)
+    assert log_joint(other) == pytest.approx(expected)
+    before = pc.gradient_evaluations
+    pc.infer(torch.cat([X, 100 * X[:1]]))
+    assert pc.gradient_evaluations - before < 4 * 400
+
+
+def test_model_and_recognition_are_one_program_for_any_recognition() -> None:
+    """Stock ELBOs trace it with a guide as they do with a program."""
+    guide = guides.make("amortized_delta", unlabelled, X)
+    pc = BidirectionalPredictiveCoding(unlabelled, pyro.optim.SGD({}), guide, num_steps=3)
+    loss = pyro.infer.Trace_ELBO().loss(pc.program, guide, X)
+    z = guide.locations(X)["z"]
+    trace = pyro.poutine.trace(pyro.poutine.condition(unlabelled, {"z": z})).get_trace(X)
+    assert loss == pytest.approx(-trace.log_prob_sum().item())  # the guide's distances are zero
 
 
 def test_precision_and_a_row_alone() -> None:

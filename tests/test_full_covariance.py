@@ -16,7 +16,7 @@ import zoo
 from guides.diagnostics import elbo
 from guides.energy import LogJoint
 from guides.inference import PredictiveCoding
-from zoo.covariance import Covariance
+from zoo.covariance import Covariance, floored
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -131,6 +131,26 @@ def test_a_full_covariance_has_a_floor_in_every_direction(kind: str) -> None:
         level.lateral.log_scale.fill_(-50.0)
     smallest = torch.linalg.eigvalsh(level(torch.randn(5, 2)).covariance_matrix)[:, 0]
     assert torch.allclose(smallest, torch.full((5,), level.min_scale**2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_factor_with_a_floor_is_cholesky_without_the_square(dtype: torch.dtype) -> None:
+    """Also for lateral weights whose square has no factor in single precision."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (1.0, 300.0):
+        factor = torch.eye(20).to(dtype)
+        factor = factor + size * torch.randn(3, 20, 20, generator=generator).to(dtype).tril(-1)
+        whole = factor.double() @ factor.double().mT + 0.01**2 * torch.eye(20)
+        found = floored(factor, 0.01)
+        assert found.dtype == dtype
+        assert (found.diagonal(dim1=-2, dim2=-1) > 0).all()
+        assert torch.equal(found, found.tril())
+        again = (found @ found.mT).double()
+        assert (again - whole).abs().max() < 100 * torch.finfo(dtype).eps * whole.abs().max()
+    single = whole.float()
+    assert torch.linalg.cholesky_ex(single).info.any(), "what the factor is there for"
+    small = torch.randn(3, 3, generator=generator).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: floored(a, 0.1), (small,))
 
 
 @pytest.mark.parametrize("kind", KINDS)

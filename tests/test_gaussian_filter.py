@@ -288,6 +288,20 @@ def test_a_negative_precision_is_an_error_that_the_enhanced_update_does_not_make
     assert found.mean[0, 1, 1] > found.mean[0, 0, 1], "a surprise makes the world volatile"
 
 
+def test_a_belief_that_overflows_is_an_error_with_another_way_on() -> None:
+    u = torch.tensor([[0.0, 1e6, 0.0, 0.0]])
+    with pytest.raises(ValueError, match=r"left the range of numbers.*Divide the inputs"):
+        hgf(tonic=torch.tensor([-2.0, 0.0]), update="enhanced")(u)
+
+
+def test_options_may_be_lists_of_numbers() -> None:
+    u = torch.tensor([[0.3, -0.4]])
+    lists = hgf(tonic=[-4, -3], coupling=[0.5], mean=[0, 1], precision=[2, 1])(u)
+    options = {"coupling": (0.5,), "mean": (0.0, 1.0), "precision": (2.0, 1.0)}
+    tensors = {name: torch.tensor(value) for name, value in options.items()}
+    assert torch.equal(lists.mean, hgf(tonic=torch.tensor([-4.0, -3.0]), **tensors)(u).mean)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

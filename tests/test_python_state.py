@@ -241,6 +241,44 @@ def test_steps_follow_an_attribute(mode: str, wrapped: bool) -> None:
     assert found[SVI][3] != pytest.approx(found[SVI][2], rel=1e-2)
 
 
+class Module(PyroModule):
+    """Submodules that may be replaced: an activation, one in a sequence, a frozen map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act: Any = torch.nn.ReLU()
+        self.net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Softplus())
+        self.gain: Any = torch.nn.Linear(1, 1).requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = self.gain(self.net(self.act(z + x)).unsqueeze(-1)).squeeze(-1)
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def test_steps_follow_submodules_that_are_replaced() -> None:
+    x = torch.linspace(-1.0, 2.0, 4)
+    found = {}
+    for cls in (SVI, CompiledSVI):
+        with pyro.get_param_store().scope():
+            pyro.set_rng_seed(0)
+            program, other = Module().eval(), torch.nn.Linear(1, 1).eval()
+
+            def change(step: int, program: Module = program, other: Any = other) -> None:
+                if step == 3:
+                    program.act = torch.nn.Tanh()
+                if step == 4:
+                    program.net[0] = torch.nn.Tanh()
+                if step == 5:
+                    program.gain = other.requires_grad_(False).eval()
+
+            loop = _svi(cls, program, x, **({} if cls is SVI else {"mode": "graph"}))
+            found[cls] = _losses(loop, x, change)
+    assert [kind.mode for kind in loop.compiled] == ["graph"]
+    assert found[CompiledSVI] == pytest.approx(found[SVI], rel=1e-5)
+
+
 class Learning(Program):
     """The same with a parameter to learn."""
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Covariance", "learned_covariance"]
+__all__ = ["Covariance", "floored", "learned_covariance"]
 
 
 class Covariance(nn.Module):
@@ -98,6 +98,23 @@ class Covariance(nn.Module):
         if self.parameterization == "cholesky":
             return dist.MultivariateNormal(loc, scale_tril=scale)
         return dist.MultivariateNormal(loc, covariance_matrix=scale @ scale)
+
+
+def floored(factor: Tensor, min_scale: float) -> Tensor:
+    """Cholesky factor ``(..., D, D)`` of A A' + min_scale^2 I, a floor in every direction.
+
+    It is the triangle of a QR of [A', min_scale I]; A A' itself is never formed, as its condition
+    is the square of A's, more than single precision holds for strong lateral weights.
+
+    Args:
+        factor: The map A ``(..., D, D)``.
+        min_scale: Least standard deviation in any direction, positive.
+    """
+    floor = (min_scale * torch.eye(factor.shape[-1]).to(factor)).expand(factor.shape)
+    triangle = torch.linalg.qr(torch.cat([factor.mT, floor], -2)).R
+    # R is unique up to the sign of each row; a Cholesky factor has a positive diagonal.
+    sign = triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return triangle.mT * sign
 
 
 def learned_covariance(dim: int, name: str, plain: str = "unit") -> Covariance | None:

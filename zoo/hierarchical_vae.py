@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.covariance import Covariance, learned_covariance
+from zoo.covariance import Covariance, floored, learned_covariance
 from zoo.likelihood import make_likelihood
 from zoo.model import Model, latent_names
 from zoo.networks import mlp
@@ -69,9 +69,7 @@ class Conditional(nn.Module):
         if self.lateral is None:
             level = dist.Normal(loc, self.min_scale + scale).to_event(1)
             return level
-        factor = scale.unsqueeze(-1) * self.lateral.scale
-        floor = self.min_scale**2 * torch.eye(loc.shape[-1]).to(loc)
-        whole = torch.linalg.cholesky(factor @ factor.mT + floor)
+        whole = floored(scale.unsqueeze(-1) * self.lateral.scale, self.min_scale)
         return dist.MultivariateNormal(loc, scale_tril=whole)
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.covariance import Covariance
+from zoo.covariance import Covariance, floored
 
 __all__ = [
     "COVARIANCES",
@@ -206,10 +206,7 @@ class GaussianLikelihood(Likelihood):
                 "Independent features have no factor: read scale, or build the likelihood with "
                 'covariance="cholesky" or "symmetric".'
             )
-        factor = self.lateral.scale
-        floor = self.min_scale**2 * torch.eye(len(factor)).to(factor)
-        result: Tensor = torch.linalg.cholesky(factor @ factor.mT + floor)
-        return result
+        return floored(self.lateral.scale, self.min_scale)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """Normal rows: independent features, or correlated ones."""

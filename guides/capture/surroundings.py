@@ -85,13 +85,13 @@ class Surroundings:
         values = {id(t): t for t in (*constants, *buffers)}.values()
         self._versioned = [t for t in values if not t.is_inference()]
         self._plain: list[tuple[dict[str, Any], str]] = []
-        self._tensors: list[tuple[dict[str, Any], str]] = []
+        self._held: list[tuple[dict[str, Any], str]] = []
         for module in unique:
             own: dict[str, Any] = module.__dict__
             self._plain += [(own, k) for k, v in own.items() if isinstance(v, PLAIN)]
-            for tensors in (module._buffers, module._parameters):
-                self._tensors += [(tensors, k) for k in tensors]
-        self._kept = [own.get(k) for own, k in self._tensors]
+            for held in (module._buffers, module._parameters, module._modules):
+                self._held += [(held, k) for k in held]
+        self._kept = [own.get(k) for own, k in self._held]
         self._before = self._now()
 
     def _now(self) -> list[Any]:
@@ -102,7 +102,7 @@ class Surroundings:
             *[t.requires_grad for t in self._parameters],
             *[t.dtype for t in self._parameters],
             *[t._version for t in self._versioned],
-            *[id(own.get(k)) for own, k in self._tensors],
+            *[id(own.get(k)) for own, k in self._held],
             *[own.get(k) for own, k in self._plain],
         ]
 

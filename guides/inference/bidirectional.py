@@ -94,7 +94,8 @@ class BidirectionalPredictiveCoding(PredictiveCoding):
         if not callable(recognition) or isinstance(recognition, (type, pyro.optim.PyroOptim)):
             raise TypeError(
                 "The order is BidirectionalPredictiveCoding(model, optim, recognition), and the "
-                f"recognition is a Pyro program or a guide; got {type(recognition).__name__}."
+                f"recognition is a Pyro program or a guide, as guides.make('amortized_delta', "
+                f"model, x) makes one; got {type(recognition).__name__}."
             )
         if "guide" in options:
             raise TypeError(

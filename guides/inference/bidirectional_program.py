@@ -24,6 +24,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from guides.capturing import is_capturing
 from guides.energy import LogJoint, SiteTerms
@@ -60,7 +61,7 @@ class BidirectionalProgram:
             model.forward if isinstance(model, nn.Module) else model
         )
         self.data_args = getattr(model, "data_args", None)
-        self._layout: Layout | None = None
+        self._layout: tuple[Any, Layout] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, and score its values by the recognition."""
@@ -133,8 +134,10 @@ class BidirectionalProgram:
             if (mask := guide.group_mask(group)) is not None:
                 term = torch.where(mask, term, torch.zeros_like(term))
             rows = torch.arange(plate.num_rows) if plate.index is None else plate.index
-            # With its rows stated the plate draws nothing, and is no site of its own.
-            with pyro.plate(plate.name, plate.size, subsample=rows, dim=plate.dim):
+            # The model has a site of the plate's name already: its rows, which are these.
+            with poutine.block(hide_fn=site_is_subsample):
+                frame = pyro.plate(plate.name, plate.size, subsample=rows, dim=plate.dim)
+            with frame:
                 pyro.factor(name, term)
 
     def _read(
@@ -142,10 +145,12 @@ class BidirectionalProgram:
     ) -> Layout:
         """The guide's layout of a call; one for a whole relaxation, unless its data move."""
         if same and self._layout is not None:
-            return self._layout
+            call, known = self._layout
+            if [*map(id, tree_leaves(call))] == [*map(id, tree_leaves((args, kwargs)))]:
+                return known
         read = guide._layout(args, kwargs, None)
         if same and not is_capturing() and not guide._learned_support:
-            self._layout = read
+            self._layout = (args, kwargs), read
         return read
 
     def forget(self) -> None:

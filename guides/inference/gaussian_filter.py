@@ -34,6 +34,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,10 +203,10 @@ class HierarchicalGaussianFilter:
         self,
         inputs: str,
         *,
-        tonic: Tensor,
-        coupling: Tensor | None = None,
-        mean: Tensor | None = None,
-        precision: Tensor | None = None,
+        tonic: Tensor | Sequence[float],
+        coupling: Tensor | Sequence[float] | None = None,
+        mean: Tensor | Sequence[float] | None = None,
+        precision: Tensor | Sequence[float] | None = None,
         input_precision: Tensor | float = 1.0,
         update: str = "quadratic",
     ) -> None:
@@ -213,6 +214,9 @@ class HierarchicalGaussianFilter:
             raise ValueError(f'inputs must be "continuous" or "binary", got {inputs!r}.')
         if update not in _UPDATES:
             raise ValueError(f"update must be one of {', '.join(_UPDATES)}, got {update!r}.")
+        tonic = torch.as_tensor(tonic)
+        if not tonic.is_floating_point():
+            tonic = tonic.to(torch.get_default_dtype())
         if tonic.dim() not in (1, 2) or tonic.shape[-1] < 1:
             raise ValueError(
                 "tonic must hold one omega a level, of shape (levels,) or (rows, levels), got "
@@ -222,9 +226,13 @@ class HierarchicalGaussianFilter:
         like = tonic.detach()
         self.inputs, self.update, self.levels = inputs, update, levels
         self.tonic = tonic
-        self.coupling = like.new_ones(levels - 1) if coupling is None else coupling
-        self.mean = like.new_zeros(levels) if mean is None else mean
-        self.precision = like.new_ones(levels) if precision is None else precision
+        self.coupling = (
+            like.new_ones(levels - 1) if coupling is None else torch.as_tensor(coupling).to(like)
+        )
+        self.mean = like.new_zeros(levels) if mean is None else torch.as_tensor(mean).to(like)
+        self.precision = (
+            like.new_ones(levels) if precision is None else torch.as_tensor(precision).to(like)
+        )
         self.input_precision = torch.as_tensor(input_precision).to(like)
         for name, value, size in (
             ("coupling", self.coupling, levels - 1),
@@ -374,13 +382,22 @@ class HierarchicalGaussianFilter:
     def _check_precisions(self, beliefs: list[Belief], k: int) -> None:
         for level, belief in enumerate(beliefs):
             bad = ~(belief.precision > 0)
-            if bool(bad.any()):
+            bad = bad | ~belief.precision.isfinite() | ~belief.mean.isfinite()
+            if not bool(bad.any()):
+                continue
+            where = f"at step {k + 1} (row {int(bad.nonzero()[0])})"
+            if bool((belief.precision[bad].isfinite() & belief.mean[bad].isfinite()).all()):
                 raise ValueError(
                     f"The precision of level {level + 1} came out as "
-                    f"{belief.precision[bad][0].item():.3g} at step {k + 1} (row "
-                    f"{int(bad.nonzero()[0])}): the quadratic update does not hold so far from "
-                    'the prediction. Pass update="enhanced", or lower omega of that level.'
+                    f"{belief.precision[bad][0].item():.3g} {where}: the quadratic update does "
+                    "not hold so far from the prediction. Pass "
+                    'update="enhanced", or lower omega of that level.'
                 )
+            raise ValueError(
+                f"The belief of level {level + 1} left the range of numbers {where}: a step of "
+                "the input is too many standard deviations wide. Divide the inputs by the size "
+                "of their usual steps, raise omega of the lowest level, or lower coupling."
+            )
 
     def __repr__(self) -> str:
         """Inputs and levels."""

@@ -400,7 +400,7 @@ class PredictiveCoding(RelaxingStep):
             chosen = self._chosen
             solver = f"auto: {chosen.solver}, {chosen.parameterization} ({chosen.reason})"
         return (
-            f"PredictiveCoding({self.parameterization}, {solver}, num_steps={self.num_steps}, "
-            f"step_size={self.step_size!r}, jacobian={self.jacobian}, persistent latents: {kept}"
+            f"{type(self).__name__}({self.parameterization}, {solver}, "
+            f"num_steps={self.num_steps}, step_size={self.step_size!r}, jacobian={self.jacobian}, persistent latents: {kept}"
             f"{'' if self._regime is None else f'; {self._regime}'})"
         )
