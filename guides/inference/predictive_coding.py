@@ -401,6 +401,7 @@ class PredictiveCoding(RelaxingStep):
             solver = f"auto: {chosen.solver}, {chosen.parameterization} ({chosen.reason})"
         return (
             f"{type(self).__name__}({self.parameterization}, {solver}, "
-            f"num_steps={self.num_steps}, step_size={self.step_size!r}, jacobian={self.jacobian}, persistent latents: {kept}"
+            f"num_steps={self.num_steps}, step_size={self.step_size!r}, "
+            f"jacobian={self.jacobian}, persistent latents: {kept}"
             f"{'' if self._regime is None else f'; {self._regime}'})"
         )
