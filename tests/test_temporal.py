@@ -649,6 +649,64 @@ def heavy(x: Tensor) -> None:
             pyro.sample(f"x_{t}", dist.StudentT(1.0, z, 0.1), obs=x[:, t])
 
 
+def lags(x: Tensor, latent: float, seen: float) -> None:
+    """An autoregression of order two, or data that read the state before."""
+    with pyro.plate("data", len(x)):
+        before = last = torch.zeros(len(x))
+        for t in range(x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.9 * last + latent * before, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z + seen * last, 1.0), obs=x[:, t])
+            before, last = last, z
+
+
+def both_lags(x: Tensor, latent: float, seen: float) -> None:
+    """The same program, with both lags in the state."""
+    move = torch.tensor([[0.9, latent], [1.0, 0.0]])
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x), 2)
+        for t in range(x.shape[1]):
+            tril = torch.tensor([1.0, 1e-2]).diag()
+            loc = z @ move.mT
+            z = pyro.sample(f"z_{t}", dist.MultivariateNormal(loc, scale_tril=tril))
+            read = z[:, 0] + seen * z[:, 1]
+            pyro.sample(f"x_{t}", dist.Normal(read, 1.0), obs=x[:, t])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("latent", "seen", "what"), [(0.5, 0.0, "latents"), (0.0, 1.0, "data")])
+def test_more_than_one_lag_is_refused_and_fits_in_the_state(
+    latent: float, seen: float, what: str
+) -> None:
+    x = torch.randn(2, 4)
+    for precision in ("learned", "riccati", "steady", "laplace", torch.eye(1)):
+        with pytest.raises(NotImplementedError, match=f"the {what} of the step of z_. depend"):
+            temporal(lags, precision).infer(x, latent, seen)
+    assert len(temporal(lags).infer(x, latent, seen)) == 4
+    moves = torch.eye(4) - 0.9 * torch.eye(4).roll(1, 0).tril()
+    moves = moves - latent * torch.eye(4).roll(2, 0).tril()
+    emits = (torch.eye(4) + seen * torch.eye(4).roll(1, 0).tril()) @ torch.linalg.inv(moves)
+    exact = dist.MultivariateNormal(torch.zeros(4), emits @ emits.mT + torch.eye(4)).log_prob(x)
+    found = temporal(both_lags, "riccati").log_evidence(x, latent, seen)
+    assert (found - exact).abs().max() < 1e-3  # the second lag has a noise of 1e-2
+
+
+def test_a_step_that_a_row_lacks_is_believed_as_predicted() -> None:
+    x, seen = torch.zeros(2, 3), torch.tensor([[True, False, True], [True, True, True]])
+    found = temporal(narrow).filter(x, seen).covariance[..., 0, 0]
+    known = 1 / (1 + 1 / 0.01)
+    expected = torch.tensor([[known, 0.01, known], [known] * 3])
+    assert (found - expected).abs().max() < 1e-6
+
+
+def narrow(x: Tensor, seen: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x))
+        for t in range(x.shape[1]):
+            with poutine.mask(mask=seen[:, t]):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 0.1))
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
 def once_late(x: Tensor) -> None:
     """Another noise at a step in the middle alone."""
     with pyro.plate("data", len(x)):

@@ -16,6 +16,8 @@ The precision of the prediction makes the filter:
 A = dF/du_{t-1} and G = dF/de at the last point, H_t the Gauss-Newton curvature of the data. On
 linear Gaussian programs ``"riccati"`` and ``"laplace"`` are the Kalman filter, ``"steady"`` is its
 steady state; with ``hessian="gauss_newton"`` ``"laplace"`` is the iterated extended Kalman filter.
+All but ``"fixed"`` need programs of one lag, ``p(z_t | z_{t-1})`` and ``p(x_t | z_t)``, either
+given earlier data as well; others, ``zoo.VRNN`` among them, are refused.
 
 The step before enters as a point, and its data with it: learning is local in time. For the
 posterior of the whole window, p(z_1 .. z_T | x_1 .. x_T), relax all states at once, with
@@ -58,7 +60,14 @@ from guides.inference.running import Run, Stop, run
 from guides.inference.solvers.solver import Solver, check_solver
 from guides.inference.temporal_evidence import curvature_factor, laplace_evidence
 from guides.inference.temporal_riccati import stationary
-from guides.inference.temporal_step import Carried, Sequential, StepJoint, linearize, predict
+from guides.inference.temporal_step import (
+    Carried,
+    Sequential,
+    StepJoint,
+    check_lags,
+    linearize,
+    predict,
+)
 from guides.layout import layout
 from guides.probe import Program, probe
 from guides.sequences.steps import read_steps
@@ -76,7 +85,9 @@ _COUNTER = itertools.count()
 class Beliefs:
     """What a filter believes at every step, in packed, unconstrained latents.
 
-    At steps that a mask takes from a row it goes on predicting.
+    At steps that a mask takes from a row it goes on predicting: with ``precision="fixed"`` the
+    covariance there is that of the program's own noise, ``G G'``; the identity for latents that
+    are not Gaussian, whose noise has no covariance in unconstrained space.
 
     Args:
         mean: Of u_t given the data up to and with step t, ``(B, T, K)``.
@@ -107,6 +118,8 @@ class TemporalPredictiveCoding:
     Args:
         model: Any Pyro program whose steps :mod:`guides.sequences.steps` can read: continuous
             latents in the data plate, none outside of it. One row of the plate is one sequence.
+            Latents that read those of more than one step, and data that read latents of another
+            step than their own, need ``precision="fixed"``.
         optim: A ``PyroOptim`` for the model's parameters.
         precision: Of the predictions, one of those above; or a matrix ``(K, K)``, which holds
             from the second step on. With the inverse of the *predicted* covariance that is the
@@ -352,6 +365,8 @@ class TemporalPredictiveCoding:
         shape = structure(steps)
         if shape not in self._structures:
             check_windows(self.model, args, kwargs, read, steps, terms)
+            if self.precision != "fixed":
+                check_lags(call)
             self._structures.add(shape)
         return call
 
@@ -443,6 +458,8 @@ class TemporalPredictiveCoding:
             u = self._relax(joint)
             if carries or covariances:
                 covariance = self._covariance(joint, u)
+                if joint.carried is None:
+                    covariance = _predicted_where_missing(call, t, states, covariance)
             loss = None
             if learning:
                 with torch.enable_grad():
@@ -563,6 +580,17 @@ def _inverse(precision: Tensor) -> Tensor:
             "inverse of the covariance with which states are predicted."
         )
     return torch.cholesky_inverse(factor)
+
+
+def _predicted_where_missing(
+    call: Sequential, t: int, states: Mapping[int, Tensor], covariance: Tensor
+) -> Tensor:
+    """Covariances of beliefs, that of the program's own noise in rows without the step."""
+    mask = call.steps[t].mask
+    if mask is None or bool(mask.all()) or not call.gaussian(t):
+        return covariance
+    _, _, noise = linearize(call, t, states)
+    return torch.where(mask[:, None, None], covariance, (noise @ noise.mT).detach())
 
 
 def _detached(carried: Carried) -> Carried:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guides.capture.surroundings import buffers_kept
 from guides.energy import LogJoint
 from guides.layout import Layout
 from guides.probe import Program
@@ -29,7 +30,7 @@ from guides.sequences.steps import Step
 from guides.sequences.window import Window
 from guides.supports import unwrap
 
-__all__ = ["Carried", "Sequential", "StepJoint", "linearize", "predict"]
+__all__ = ["Carried", "Sequential", "StepJoint", "check_lags", "linearize", "predict"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,57 @@ def linearize(
     return mean, slope, noise
 
 
+def check_lags(program: Sequential) -> None:
+    """Raise where a step depends on more than a carried Gaussian knows of the steps before it.
+
+    The belief about the last step is all that is carried: latents of a step may read those of the
+    step before, and data the latents of their own step. Gradients at random latents tell, and the
+    generators of the caller are left where they are.
+
+    Args:
+        program: The call.
+
+    Raises:
+        NotImplementedError: Naming the step and what it reads.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.no_grad(), torch.random.fork_rng(devices), buffers_kept(program.model):
+        states = {t: torch.randn_like(program.zeros(t)) for t in range(len(program.steps))}
+        for t in range(1, len(states)):
+            own, step = program.layout(t), program.steps[t]
+            error, weights = torch.randn_like(states[t]), torch.randn_like(states[t])
+
+            def data(before: dict[int, Tensor], t: int = t, own: Layout = own) -> Tensor:
+                window = Window(
+                    program.model,
+                    program.values(before),
+                    program.steps[t].sites,
+                    program.terms[t],
+                    density=False,
+                )
+                joint = LogJoint(window, program.args, program.kwargs, layout=own)
+                return joint.packed({"data": states[t]}, jacobian=False)[0].sum()
+
+            def latents(
+                before: dict[int, Tensor], t: int = t, e: Tensor = error, w: Tensor = weights
+            ) -> Tensor:
+                return (w * program.forward(t, {**states, **before}, e)).sum()
+
+            for what, function, last in (("data", data, t), ("latents", latents, t - 1)):
+                slopes: dict[int, Tensor] = {}
+                if last:
+                    slopes = torch.func.grad(function)({s: states[s] for s in range(last)})
+                for s, slope in slopes.items():
+                    if bool((slope.abs() > torch.finfo(slope.dtype).eps ** 0.75).any()):
+                        raise NotImplementedError(
+                            'Only precision="fixed" takes programs of more than one lag: the '
+                            f"{what} of the step of {', '.join(step.sites)} depend on "
+                            f"{program.steps[s].sites[0]!r}, and beliefs are carried from the "
+                            "latents of a step to those of the next alone. Put both lags in one "
+                            "latent vector, or relax the whole window with PredictiveCoding."
+                        )
+
+
 @dataclass(frozen=True)
 class Sequential:
     """One call of a program, cut into steps.
@@ -206,6 +258,11 @@ class Sequential:
         )
         return StepJoint(window, self.args, self.kwargs, own, step.mask, carried)
 
+    def gaussian(self, position: int) -> bool:
+        """Whether all latents of a step are Gaussian."""
+        sites = self.layout(position).sites
+        return all(_is_gaussian(sites[name].fn) for name in self.steps[position].sites)
+
     def forward(self, position: int, states: Mapping[int, Tensor], e: Tensor | None) -> Tensor:
         """Latents of a step from standardized errors, ``(B, K)``; F above.
 
@@ -225,13 +282,17 @@ class Sequential:
 def _check_gaussian(fns: Mapping[str, Any]) -> None:
     """Raise where a carried prediction would replace a density that is no Gaussian's."""
     for name, fn in fns.items():
-        family = type(unwrap(fn)).__name__
-        if family not in ("Normal", "MultivariateNormal"):
+        if not _is_gaussian(fn):
             raise NotImplementedError(
                 f"A carried precision needs Gaussian latents, but site {name!r} is "
-                f'{family}. Pass precision="fixed", which takes the density of the program as it '
-                "is, or write the site as a transformed Normal latent (pyro.deterministic)."
+                f'{type(unwrap(fn)).__name__}. Pass precision="fixed", which takes the density of '
+                "the program as it is, or write the site as a transformed Normal latent "
+                "(pyro.deterministic)."
             )
+
+
+def _is_gaussian(fn: Any) -> bool:
+    return type(unwrap(fn)).__name__ in ("Normal", "MultivariateNormal")
 
 
 def _jacobian(function: Any, point: Tensor) -> tuple[Tensor, Tensor]:
