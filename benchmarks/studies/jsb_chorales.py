@@ -30,7 +30,17 @@ from benchmarks.study import StudyLog
 from zoo.data import jsb_chorales
 from zoo.data.sequences import Sequences, pad
 
-__all__ = ["METHODS", "Method", "count_models", "main", "measure", "pieces", "run"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "count_models",
+    "deep_markov",
+    "main",
+    "measure",
+    "pieces",
+    "run",
+    "vrnn",
+]
 
 RECORDS = Path(__file__).parents[1] / "records" / "jsb_chorales" / "study.jsonl"
 

@@ -26,7 +26,7 @@ from benchmarks.study import StudyLog
 from zoo.data import moving_digits
 from zoo.data.sequences import Sequences
 
-__all__ = ["FLOOR", "METHODS", "build", "main", "measure", "run"]
+__all__ = ["FLOOR", "METHODS", "build", "count", "main", "measure", "per_pixel", "run"]
 
 RECORDS = Path(__file__).parents[1] / "records" / "moving_digits" / "study.jsonl"
 METHODS = {"with a flow": 1, "without": 0}

@@ -13,7 +13,19 @@ from torch import Tensor
 from benchmarks.studies.correspondences.drawing import Panel, figure, gray, mosaic, picture
 from benchmarks.svg import line, text
 
-__all__ = ["FIGURES", "PRIORS", "STAGES", "spread"]
+__all__ = [
+    "FIGURES",
+    "PRIORS",
+    "STAGES",
+    "iterations",
+    "pattern_generator",
+    "precision",
+    "rao_ballard",
+    "sparse_coding",
+    "spread",
+    "temporal_whitening",
+    "whitening",
+]
 
 Numbers = Sequence[Mapping[str, Any]]
 Pictures = Mapping[str, Tensor]
