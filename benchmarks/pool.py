@@ -16,7 +16,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-__all__ = ["Event", "Job", "run_jobs"]
+__all__ = ["Event", "Job", "results", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class _Worker:
     job: Job | None = None
 
 
+def _function(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
 def _serve(connection: Connection, target: str) -> None:
     """Run in the worker: take payloads, call the target, hand results back."""
     # Ctrl-C reaches the whole process group; only the parent acts on it.
@@ -57,8 +63,7 @@ def _serve(connection: Connection, target: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    module, _, name = target.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
+    function = _function(target)
     last = 0.0
 
     def tick(phase: str, fraction: float) -> None:
@@ -76,6 +81,37 @@ def _serve(connection: Connection, target: str) -> None:
         if payload is None:
             return
         connection.send(("done", function(payload, tick)))
+
+
+def results(
+    target: str, payloads: Sequence[dict[str, Any]], num_workers: int
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Call a function with every payload, and yield each with its result as it comes.
+
+    With one worker the calls are made in this process, in order.
+
+    Args:
+        target: `"module:function"`, called as `function(payload, tick)`.
+        payloads: They must pickle.
+        num_workers: Processes at a time.
+
+    Raises:
+        RuntimeError: Where a worker died.
+    """
+    if num_workers == 1:
+        function = _function(target)
+        for payload in payloads:
+            yield payload, function(payload, lambda phase, fraction: None)
+        return
+    jobs = [Job(number, payload) for number, payload in enumerate(payloads)]
+    for event in run_jobs(jobs, num_workers, target):
+        if event.kind == "died":
+            raise RuntimeError(
+                f"The process that worked on {event.job.payload} died with exit code "
+                f"{event.content}: its own message stands above. Results that are there are kept."
+            )
+        if event.kind == "done":
+            yield event.job.payload, event.content
 
 
 def run_jobs(jobs: Sequence[Job], num_workers: int, target: str) -> Iterator[Event]:

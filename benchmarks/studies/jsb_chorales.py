@@ -12,7 +12,6 @@ models, which know nothing of chords.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 
 import guides
 import zoo
+from benchmarks.pool import results
 from benchmarks.studies.sequence_training import Settings, Training, bound, per_step
 from benchmarks.study import StudyLog
 from zoo.data import jsb_chorales
@@ -247,18 +247,17 @@ def measure(
     }
 
 
-def _job(job: tuple[str, int, int | None, Path]) -> tuple[str, int, dict[str, Any]]:
-    name, seed, epochs, folder = job
+def _job(job: dict[str, Any], tick: Any) -> dict[str, Any]:
+    name, seed, epochs = job["method"], job["seed"], job["epochs"]
     torch.set_num_threads(1)
     method = METHODS[name]
     if epochs is not None:
         method = replace(method, settings=replace(method.settings, epochs=epochs))
     words = "".join(letter if letter.isalnum() else "_" for letter in name)
     with pyro.get_param_store().scope():
-        values = measure(
-            method, jsb_chorales.load(), seed, checkpoint=folder / f"{words}_{seed}.pt"
+        return measure(
+            method, jsb_chorales.load(), seed, checkpoint=job["folder"] / f"{words}_{seed}.pt"
         )
-    return name, seed, values
 
 
 def run(
@@ -283,17 +282,13 @@ def run(
     folder = records.parent / "checkpoints" if checkpoints is None else checkpoints
     with StudyLog(records, **ABOUT, modules=["benchmarks.studies.jsb_chorales"]) as log:
         missing = [
-            (method, seed, epochs, folder)
+            {"method": method, "seed": seed, "epochs": epochs, "folder": folder}
             for seed in range(seeds)
             for method in methods
             if not log.done({"method": method, "seed": seed})
         ]
-        if jobs == 1:
-            results = map(_job, missing)
-        else:
-            pool = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1)
-            results = pool.imap_unordered(_job, missing, chunksize=1)  # type: ignore[assignment]
-        for method, seed, values in results:
+        for job, values in results("benchmarks.studies.jsb_chorales:_job", missing, jobs):
+            method, seed = job["method"], job["seed"]
             log.add(key={"method": method, "seed": seed}, values=values)
             print(f"{method}, seed {seed}: {values['nats']:.3f} nats a step", flush=True)
 

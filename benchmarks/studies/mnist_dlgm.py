@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import guides
+from benchmarks.pool import results
 from benchmarks.study import StudyLog
 from guides.diagnostics import annealed_importance_sampling
 from guides.energy import LogJoint
@@ -309,16 +309,17 @@ def score(model: DLGM, test: Tensor, seed: int, num_annealed: int) -> dict[str, 
     return values
 
 
-def _job(job: tuple[str, int, int, int, int]) -> tuple[str, int, dict[str, Any]]:
-    method, seed, budget, num_test, num_annealed = job
+def _job(job: dict[str, Any], tick: Any) -> dict[str, Any]:
+    method, seed = job["method"], job["seed"]
     torch.set_num_threads(1)
     data = binarized_mnist.load()
     with pyro.get_param_store().scope():
         try:
-            model, history = train(method, seed, data.train, budget=budget)
+            model, history = train(method, seed, data.train, budget=job["budget"])
         except (ValueError, RuntimeError, ArithmeticError) as error:
-            return method, seed, {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        return method, seed, {**history, **score(model, data.test[:num_test], seed, num_annealed)}
+            return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        test = data.test[: job["num_test"]]
+        return {**history, **score(model, test, seed, job["num_annealed"])}
 
 
 def run(
@@ -364,18 +365,15 @@ def run(
             "updates": "of the parameters",
         },
     ) as log:
+        sizes = {"budget": budget, "num_test": num_test, "num_annealed": num_annealed}
         missing = [
-            (method, seed, budget, num_test, num_annealed)
+            {"method": method, "seed": seed, **sizes}
             for seed in range(seeds)
             for method in methods
             if not log.done({"method": method, "seed": seed})
         ]
-        if jobs == 1:
-            results = map(_job, missing)
-        else:
-            pool = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1)
-            results = pool.imap_unordered(_job, missing, chunksize=1)  # type: ignore[assignment]
-        for method, seed, values in results:
+        for job, values in results("benchmarks.studies.mnist_dlgm:_job", missing, jobs):
+            method, seed = job["method"], job["seed"]
             log.add(key={"method": method, "seed": seed}, values=values)
             print(method, seed, summary_of(values), flush=True)
         for text in summary(log, seeds):
