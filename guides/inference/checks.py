@@ -20,7 +20,30 @@ from guides.guide import ProgramGuide
 from guides.inference.solvers.solver import check_solver
 from guides.supports import feasible
 
-__all__ = ["capture", "check_arguments", "check_ownership", "warn_frozen"]
+__all__ = ["capture", "check_arguments", "check_ownership", "check_program", "warn_frozen"]
+
+
+def check_program(order: str, model: Any, optim: Any) -> None:
+    """Raise unless a loop was given a program, and then an optimizer.
+
+    Args:
+        order: The call as it is meant, for the message.
+        model: What came first.
+        optim: What came second.
+
+    Raises:
+        TypeError: For something else.
+    """
+    if not callable(model) or isinstance(model, (type, ProgramGuide, pyro.optim.PyroOptim)):
+        raise TypeError(
+            f"The order is {order}, and the model is a Pyro program; got {type(model).__name__} "
+            "first."
+        )
+    if not isinstance(optim, pyro.optim.PyroOptim):
+        raise TypeError(
+            f"optim must be a PyroOptim, got {type(optim).__name__}. Use for example "
+            'pyro.optim.Adam({"lr": 1e-3}).'
+        )
 
 
 def check_arguments(
@@ -41,16 +64,7 @@ def check_arguments(
         TypeError: For arguments in another order.
         ValueError: For one out of range.
     """
-    if not callable(model) or isinstance(model, (type, ProgramGuide, pyro.optim.PyroOptim)):
-        raise TypeError(
-            "The order is PredictiveCoding(model, optim, guide=None), and the model is a Pyro "
-            f"program; got {type(model).__name__} first."
-        )
-    if not isinstance(optim, pyro.optim.PyroOptim):
-        raise TypeError(
-            f"optim must be a PyroOptim, got {type(optim).__name__}. Use for example "
-            'pyro.optim.Adam({"lr": 1e-3}).'
-        )
+    check_program("PredictiveCoding(model, optim, guide=None)", model, optim)
     if num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {num_steps}.")
     if step_size != "auto" and not (isinstance(step_size, (int, float)) and step_size > 0):

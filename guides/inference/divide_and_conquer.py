@@ -30,8 +30,7 @@ from torch import Tensor
 from guides.arguments import check_number
 from guides.diagnostics.scores import Score
 from guides.energy import LogJoint
-from guides.guide import ProgramGuide
-from guides.inference.checks import capture, check_ownership, warn_frozen
+from guides.inference.checks import capture, check_ownership, check_program, warn_frozen
 from guides.inference.dependencies import Dependencies, dependencies
 from guides.inference.particle_density import ParticleDensity
 from guides.inference.particle_evidence import particle_evidence
@@ -39,7 +38,7 @@ from guides.inference.particle_guide import ParticleGuide
 from guides.inference.particle_memory import ParticleMemory, choose
 from guides.inference.particle_moves import PRECONDITIONERS
 from guides.inference.particle_sampler import Cloud, Sampler
-from guides.inference.running import Run, Stop, run
+from guides.inference.running import Runs
 from guides.inference.same_data import CallData
 from guides.layout import layout
 from guides.probe import Program
@@ -47,7 +46,7 @@ from guides.probe import Program
 __all__ = ["DivideAndConquer"]
 
 
-class DivideAndConquer:
+class DivideAndConquer(Runs):
     """Divide-and-conquer predictive coding as a loop with SVI's interface.
 
     Args:
@@ -109,16 +108,7 @@ class DivideAndConquer:
         rows_by_position: bool = False,
         data_plate: str | None = "auto",
     ) -> None:
-        if not callable(model) or isinstance(model, (type, ProgramGuide, pyro.optim.PyroOptim)):
-            raise TypeError(
-                "The order is DivideAndConquer(model, optim), and the model is a Pyro program; "
-                f"got {type(model).__name__} first."
-            )
-        if not isinstance(optim, pyro.optim.PyroOptim):
-            raise TypeError(
-                f"optim must be a PyroOptim, got {type(optim).__name__}. Use for example "
-                'pyro.optim.Adam({"lr": 1e-3}).'
-            )
+        check_program("DivideAndConquer(model, optim)", model, optim)
         counts = {
             "num_particles": num_particles,
             "num_sweeps": num_sweeps,
@@ -287,18 +277,6 @@ class DivideAndConquer:
             num_particles=num_particles,
             num_repeats=num_repeats,
         )
-
-    def run(
-        self,
-        num_steps: int,
-        batches: Any,
-        *,
-        stop: Stop | None = None,
-        progress: bool = True,
-        state: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Make many steps; see :func:`guides.inference.running.run`."""
-        return run(self, num_steps, batches, stop=stop, progress=progress, state=state)
 
     def get_state(self) -> dict[str, Any]:
         """What persists between steps beside parameters: the particles."""

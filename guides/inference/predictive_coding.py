@@ -38,7 +38,7 @@ from guides.inference.precision import CollapseGuard
 from guides.inference.regime import Regime, measure, warn_regime
 from guides.inference.relaxing_step import RelaxingStep, holds_globals
 from guides.inference.row_memory import RowMemory
-from guides.inference.running import Run, Stop, run
+from guides.inference.running import Runs
 from guides.inference.site_state import SiteState, site_state
 from guides.inference.solvers.auto import Choice
 from guides.inference.solvers.solver import Solver
@@ -48,7 +48,7 @@ from guides.probe import Program
 __all__ = ["PredictiveCoding"]
 
 
-class PredictiveCoding(RelaxingStep):
+class PredictiveCoding(Runs, RelaxingStep):
     """Predictive coding as a loop with SVI's interface.
 
     Args:
@@ -379,18 +379,6 @@ class PredictiveCoding(RelaxingStep):
         with torch.no_grad():
             terms = log_joint.run(values)
             return {name: site_state(terms, name) for name in terms.terms}
-
-    def run(
-        self,
-        num_steps: int,
-        batches: Any,
-        *,
-        stop: Stop | None = None,
-        progress: bool = True,
-        state: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Make many steps; see :func:`guides.inference.running.run`."""
-        return run(self, num_steps, batches, stop=stop, progress=progress, state=state)
 
     def __repr__(self) -> str:
         """The regime of the relaxation, and which latents persist."""

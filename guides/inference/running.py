@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from guides.inference.checks import capture
 
-__all__ = ["Run", "plateau", "run"]
+__all__ = ["Run", "Runs", "plateau", "run"]
 
 Stop = Callable[[list[float]], "str | bool"]
 
@@ -132,6 +132,22 @@ def run(
         except KeyboardInterrupt:
             reason = "interrupted"
     return Run(losses, reason, _state(loop, losses))
+
+
+class Runs:
+    """A loop with steps, of which it can make many."""
+
+    def run(
+        self,
+        num_steps: int,
+        batches: Any,
+        *,
+        stop: Stop | None = None,
+        progress: bool = True,
+        state: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Make many steps; see :func:`guides.inference.running.run`."""
+        return run(self, num_steps, batches, stop=stop, progress=progress, state=state)
 
 
 def _state(loop: Any, losses: list[float]) -> dict[str, Any]:

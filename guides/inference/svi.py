@@ -10,13 +10,13 @@ import pyro.optim
 from torch import Tensor
 
 from guides.inference.checks import capture, check_ownership, warn_frozen
-from guides.inference.running import Run, Stop, run
+from guides.inference.running import Runs
 from guides.pairs import check_follows, check_order
 
 __all__ = ["SVI"]
 
 
-class SVI(pyro.infer.SVI):
+class SVI(Runs, pyro.infer.SVI):  # type: ignore[misc]
     """Stochastic variational inference, ``pyro.infer.SVI`` with two things added.
 
     The first step checks that model and guide own their parameters (Pyro's store is global and
@@ -92,15 +92,3 @@ class SVI(pyro.infer.SVI):
         check_ownership(programs, used)
         self._checked = True
         return used
-
-    def run(  # type: ignore[override]
-        self,
-        num_steps: int,
-        batches: Any,
-        *,
-        stop: Stop | None = None,
-        progress: bool = True,
-        state: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Make many steps; see :func:`guides.inference.running.run`."""
-        return run(self, num_steps, batches, stop=stop, progress=progress, state=state)

@@ -48,15 +48,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from guides.energy import LogJoint
-from guides.guide import ProgramGuide
 from guides.inference import solvers
-from guides.inference.checks import capture, check_ownership, warn_frozen
+from guides.inference.checks import capture, check_ownership, check_program, warn_frozen
 from guides.inference.curvature import check_kinks, hessian
 from guides.inference.filtered import FilteredPosterior
 from guides.inference.newton import newton
 from guides.inference.precision import CollapseGuard
 from guides.inference.relaxation import relax
-from guides.inference.running import Run, Stop, run
+from guides.inference.running import Runs
 from guides.inference.solvers.solver import Solver, check_solver
 from guides.inference.temporal_evidence import curvature_factor, laplace_evidence
 from guides.inference.temporal_riccati import stationary
@@ -112,7 +111,7 @@ class _Settled:
     loss: Tensor | None  # (B,)
 
 
-class TemporalPredictiveCoding:
+class TemporalPredictiveCoding(Runs):
     """Predictive coding over time, as a loop with SVI's interface.
 
     Args:
@@ -177,16 +176,7 @@ class TemporalPredictiveCoding:
         data_plate: str | None = "auto",
         name: str | None = None,
     ) -> None:
-        if not callable(model) or isinstance(model, (type, ProgramGuide, pyro.optim.PyroOptim)):
-            raise TypeError(
-                "The order is TemporalPredictiveCoding(model, optim), and the model is a Pyro "
-                f"program; got {type(model).__name__} first."
-            )
-        if not isinstance(optim, pyro.optim.PyroOptim):
-            raise TypeError(
-                f"optim must be a PyroOptim, got {type(optim).__name__}. Use for example "
-                'pyro.optim.Adam({"lr": 1e-3}).'
-            )
+        check_program("TemporalPredictiveCoding(model, optim)", model, optim)
         if num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {num_steps}.")
         if hessian not in ("exact", "gauss_newton"):
@@ -318,18 +308,6 @@ class TemporalPredictiveCoding:
         return FilteredPosterior(
             self.model, args, kwargs, call.read, call.steps, beliefs.mean, beliefs.covariance
         )
-
-    def run(
-        self,
-        num_steps: int,
-        batches: Any,
-        *,
-        stop: Stop | None = None,
-        progress: bool = True,
-        state: Mapping[str, Any] | None = None,
-    ) -> Run:
-        """Make many steps; see :func:`guides.inference.running.run`."""
-        return run(self, num_steps, batches, stop=stop, progress=progress, state=state)
 
     def get_state(self) -> dict[str, Any]:
         """What persists between steps beside parameters."""
