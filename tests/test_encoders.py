@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import guides
 from guides.encoders.image import ImageNetwork
 from guides.encoders.sets import SetNetwork
+from guides.encoders.source import unit
 from guides.inference import SVI
 from guides.schemes.scheme import Call
 
@@ -450,3 +451,13 @@ def test_float32_latents_under_a_float64_default() -> None:
     guide = amortized(narrow, x)
     assert {p.dtype for p in guide.parameters()} == {torch.float32}
     assert guide(x)["z"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_input_says_nothing_of_its_unit(dtype: torch.dtype) -> None:
+    value = torch.full((7, 3), 0.1, dtype=dtype)
+    shift = value.mean(0) * (1 + torch.finfo(dtype).eps)  # a mean need not be the value
+    variance = (value - shift).square().mean()
+    assert unit(variance, shift) == 1.0
+    small = value + 1e-5 * torch.randn(7, 3, dtype=dtype)
+    assert unit((small - small.mean(0)).square().mean(), small.mean(0)) < 1e-4

@@ -502,3 +502,24 @@ def test_the_exact_gap_of_the_optimal_proposal_is_that_of_the_reference() -> Non
     gap = model.log_evidence(x) - log_w
     error = float(gap.std()) / 4000**0.5
     assert float(gap.mean()) == pytest.approx(proposal, abs=4 * error)
+
+
+def test_one_scale_for_a_site_so_that_rare_features_are_not_blown_up() -> None:
+    """A key that sounds once in a thousand steps would be thirty where the others are one."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0))
+                three = dist.Normal(z[:, None] * torch.ones(3), 1.0).to_event(1)
+                pyro.sample(f"x_{t}", three, obs=x[:, t])
+                pyro.sample(f"y_{t}", dist.Normal(z, 1.0), obs=y[:, t])
+
+    x = torch.zeros(20, 50, 3)
+    x[::2, :, 0] = 1.0  # half of the time
+    x[3, 7, 1] = 1.0  # once; the last feature never
+    y = torch.full((20, 50), 0.1)  # constant, and its mean is not to the bit
+    guide = guides.make("smoothing_normal", model, x, y, **SMALL)
+    spread = (x - x.mean((0, 1))).square().mean().sqrt()
+    torch.testing.assert_close(guide.scale, torch.stack([spread, spread, spread, torch.ones(())]))
+    torch.testing.assert_close(guide.shift[:3], x.mean((0, 1)))

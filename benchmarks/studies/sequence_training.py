@@ -51,6 +51,7 @@ class Settings:
         batch: Sequences of a batch, about.
         shapes: Lengths that batches are padded to, at most.
         weight_decay: Of Adam, on the gradient of a batch's sum.
+        clip: Largest absolute value of an element of that gradient.
         every: Epochs between looks at the validation split.
         draws: Draws from q for the test bound.
         objective: Constructor of the objective.
@@ -65,6 +66,7 @@ class Settings:
     batch: int = 20
     shapes: int = 3
     weight_decay: float = 0.0
+    clip: float = 1e4
     every: int = 10
     draws: int = 10
     objective: Callable[[], Any] = Trace_ELBO
@@ -213,7 +215,7 @@ class Training:
             {
                 "lr": settings.rate,
                 "betas": (0.95, 0.999),
-                "clip_norm": 1e4,
+                "clip_norm": settings.clip,
                 "weight_decay": settings.weight_decay,
                 "lrd": settings.last ** (1 / total),
             }

@@ -13,7 +13,7 @@ from guides.arguments import did_you_mean
 from guides.encoders.inputs import Input, alike
 from guides.layout import Layout
 
-__all__ = ["KINDS", "Source", "describe"]
+__all__ = ["KINDS", "Source", "describe", "unit"]
 
 KINDS = ("vector", "image", "set")
 _SMALLEST_IMAGE = 8
@@ -68,8 +68,7 @@ class Source:
             shift = torch.where(present, value, zero).sum(0) / present.sum(0).clamp(min=1)
             deviations = torch.where(present, value - shift, zero)
             variance = deviations.square().sum() / present.sum().clamp(min=1)
-        scale = torch.where(variance > 0, variance.sqrt(), torch.ones_like(variance))
-        return shift, scale.expand(self.width)
+        return shift, unit(variance, shift).expand(self.width)
 
     def features(self, item: Input, shift: Tensor, scale: Tensor) -> Tensor:
         """The standardized value, zero where it is masked, with its mask: ``(B, features)``.
@@ -123,6 +122,18 @@ class Source:
                 f"row, but the guide was built with {shape[1:]}. Pass a mask of that shape."
             ) from None
         return value, present, mask
+
+
+def unit(variance: Tensor, shift: Tensor) -> Tensor:
+    """The scale that features are divided by ``()``, one where they are constant up to rounding.
+
+    Args:
+        variance: Their mean squared deviation from ``shift``, ``()``.
+        shift: Their centers.
+    """
+    scale = variance.sqrt()
+    rounding = 4 * torch.finfo(scale.dtype).eps * shift.abs().amax()
+    return torch.where(scale > rounding, scale, torch.ones_like(scale))
 
 
 def describe(

@@ -164,7 +164,8 @@ class BidirectionalPredictiveCoding(PredictiveCoding):
         return found + warn_frozen(self.recognition, learning) if self.program.backward else found
 
     def _settings(self) -> tuple[Any, ...]:
-        return (*super()._settings(), id(self.recognition), self.program.forward)
+        both = self.program.forward, self.program.backward
+        return (*super()._settings(), id(self.recognition), *both)
 
 
 def _check_guide(guide: ProgramGuide) -> None:

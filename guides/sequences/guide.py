@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from guides.encoders.source import unit
 from guides.families.family import Family
 from guides.guide import ProgramGuide, start_of
 from guides.layout import Layout, layout
@@ -161,7 +162,7 @@ class SequenceGuide(ProgramGuide):
             )
 
     def _standardize(self, steps: Sequence[Step], init: Tensor) -> None:
-        """Where the observations lie, from the example."""
+        """Center of every feature, one scale for a site: rare features must not be blown up."""
         inputs = torch.stack([step.inputs for step in steps], 1).to(init)  # (B, T, F)
         on = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         for t, step in enumerate(steps):
@@ -169,10 +170,15 @@ class SequenceGuide(ProgramGuide):
                 on[:, t] = step.mask
         seen = inputs[on]
         shift = seen.mean(0) if len(seen) else torch.zeros_like(inputs[0, 0])
-        scale = seen.std(0, correction=0) if len(seen) else torch.ones_like(shift)
-        # A feature that is constant in the example says nothing of its unit.
+        scales = []
+        widths = list(steps[0].widths)
+        for part, center in zip(
+            (seen - shift).split(widths, -1), shift.split(widths), strict=True
+        ):
+            variance = part.square().mean() if len(seen) else part.new_zeros(())
+            scales.append(unit(variance, center).expand(part.shape[-1]))
         self.register_buffer("shift", shift)
-        self.register_buffer("scale", torch.where(scale > 1e-6, scale, torch.ones_like(scale)))
+        self.register_buffer("scale", torch.cat(scales))
 
     def _combine(self, init: Tensor, recurrent: int, hidden: int) -> None:
         """The networks from summaries and the last draw to parameters."""

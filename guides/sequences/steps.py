@@ -30,12 +30,14 @@ class Step:
         inputs: Its observed values, one vector a row ``(B, F)``, zero where they are masked.
         mask: Rows that have this step ``(B,)``; None where all have.
         observed: Names of its observed sites.
+        widths: Features of each of them.
     """
 
     sites: tuple[str, ...]
     inputs: Tensor
     mask: Tensor | None
     observed: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
 
 
 def read_steps(read: Layout) -> list[Step]:
@@ -97,7 +99,8 @@ def read_steps(read: Layout) -> list[Step]:
                 f"The latents of one step, {', '.join(latents)}, have different masks. Mask a "
                 "step of a row as a whole."
             )
-        steps.append(Step(tuple(latents), torch.cat(parts, -1), mask, tuple(observed)))
+        features = tuple(part.shape[-1] for part in parts)
+        steps.append(Step(tuple(latents), torch.cat(parts, -1), mask, tuple(observed), features))
     widths = [step.inputs.shape[1] for step in steps]
     for what, numbers in (("latent coordinates", sizes), ("observed features", widths)):
         if len(set(numbers)) > 1:
