@@ -73,8 +73,8 @@ ABOUT: dict[str, Any] = {
         "divergences exact where they are known, weighted less than the data in the first part of "
         "training; equal settings within each pair, chosen on the validation split of runs of 100 "
         "epochs, of which the first showed a fault: features standardized one by one, so that a "
-        "key that sounds once in a thousand steps was thirty where others are one. CPU seconds are "
-        "those of one process of one thread, its validation looks and captures included."
+        "key that sounds once in a thousand steps was thirty where others are one. CPU seconds "
+        "are those of one process of one thread, its validation looks and captures included."
     ),
     "command": "python -m benchmarks.studies.jsb_chorales --jobs 2",
     "over": ("seed",),
