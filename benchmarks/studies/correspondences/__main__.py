@@ -35,7 +35,7 @@ STUDIES: dict[str, tuple[Callable[..., Any], int]] = {
     "temporal_whitening": (temporal.temporal_whitening, 3),
     "pattern_generator": (temporal.pattern_generator, 1),
     "precision": (inference.precision, 1),
-    "iterations": (inference.iterations, 1),
+    "iterations": (inference.iterations, 3),
 }
 """Every study, and from how many seeds it is run."""
 

@@ -139,4 +139,6 @@ def iterations(
             numbers[f"gained_{count}_error"] = float(gained.std() / len(gained) ** 0.5)
     evidence = log_evidence(model, guide, test, num_samples=500).rows.mean() / length
     numbers["log_evidence"] = float(evidence)
+    for count in counts:
+        numbers[f"below_{count}"] = numbers["log_evidence"] - numbers[f"bound_{count}"]
     return numbers, {"iterations": torch.tensor(counts)}
