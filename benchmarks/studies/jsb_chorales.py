@@ -48,7 +48,7 @@ RECORDS = Path(__file__).parents[1] / "records" / "jsb_chorales" / "study.jsonl"
 # A hundred latents a step that start with a tenth of the prior's width are a hundred nats from it.
 _KRISHNAN = {"recurrent": 600, "cell": "rnn", "combiner": "average", "init_scale": 0.5}
 _DEEP = Settings(
-    epochs=500, rate=4e-3, last=0.04, beta=0.5, warm=0.25, clip=10.0, objective=AnalyticELBO
+    epochs=500, rate=1.5e-3, last=0.1, beta=0.5, warm=0.25, clip=10.0, objective=AnalyticELBO
 )
 _FILTER = Settings(epochs=100, rate=2e-3, warm=0.2, batch=100, shapes=1, every=5, draws=1)
 _PIECE = 10
