@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ __all__ = ["VariationalFilter"]
 
 
 _LIMIT = 3.0
-"""Standard deviations of q that one natural step may move a coordinate."""
+"""Standard deviations of q that a natural step, or a move, may take a coordinate."""
 
 
 class _Reached(Exception):
@@ -66,9 +67,9 @@ class VariationalFilter(SequenceGuide):
             lam_i = lam_{i-1} - rate(e) * natural(g) + root * move(e)
 
     Perception as prediction and correction, a learned Kalman filter: without corrections q is the
-    prediction, and one network corrects every step of every sequence. Steps are taken in units of
-    q's own scale (:meth:`guides.families.family.Family.natural`), at most three of them. The
-    inverse hyperbolic sine keeps signs and orders of magnitude apart, row by row, which layer
+    prediction, and one network corrects every step of every sequence. Steps and moves are taken in
+    units of q's own scale (:meth:`guides.families.family.Family.natural`), at most three of them.
+    The inverse hyperbolic sine keeps signs and orders of magnitude apart, row by row, which layer
     normalization over the few coordinates of a small state does not. The network learns from all
     iterations, each weighted equally; the program learns from the last one.
 
@@ -160,7 +161,9 @@ class VariationalFilter(SequenceGuide):
         self.move = nn.Linear(network, size).to(self.init)
         with torch.no_grad():
             self.rate.weight.mul_(0.1)
-            self.rate.bias.zero_()  # half of a natural step at the start
+            # Half of a natural step at the start, over all iterations: the gradients are of few
+            # draws, and as many steps of a half would add up their noise.
+            self.rate.bias.fill_(math.log(2.0 ** (1.0 / num_iterations) - 1.0))
             self.move.weight.mul_(0.1)
             self.move.bias.zero_()
         self._surrogates: list[Tensor] = []
@@ -214,7 +217,8 @@ class VariationalFilter(SequenceGuide):
             parts.append(x.expand(*lam.shape[:-1], -1))
         features = self.update(torch.cat(parts, -1))
         rate = torch.sigmoid(self.rate(features))
-        moved: Tensor = lam - rate * direction + self.family.root(lam) * self.move(features)
+        move = _LIMIT * torch.tanh(self.move(features) / _LIMIT)
+        moved: Tensor = lam - rate * direction + self.family.root(lam) * move
         return moved
 
     def _group(self, position: int, call: SequenceCall) -> Group:
