@@ -59,7 +59,19 @@ _DEEP = Settings(
 )
 _SHORT = 20
 """Steps of a piece that deep Markov models are trained on: a pass has three times the updates."""
-_FILTER = Settings(epochs=100, rate=2e-3, warm=0.2, batch=100, shapes=1, every=5, draws=1)
+_FILTER = Settings(
+    epochs=60,
+    rate=5e-4,
+    last=0.2,
+    beta=0.5,
+    warm=0.5,
+    batch=100,
+    shapes=1,
+    clip=10.0,
+    every=5,
+    draws=1,
+    objective=AnalyticELBO,
+)
 _PIECE = 10
 """Steps of a piece that filters are trained on: a step of theirs costs as many as came before."""
 
