@@ -437,3 +437,63 @@ def test_a_hessian_that_is_not_finite_is_refused_by_name() -> None:
         step = newton_direction({"data": torch.ones(2, 7, dtype=dtype)}, wide, 1.0)["data"]
         assert torch.isfinite(step).all()
         assert (step.sum(-1) > 0).all()  # downhill
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [1e2, 1e8])
+def test_newton_steps_do_not_know_the_units_of_the_latents(
+    spread: float, dtype: torch.dtype
+) -> None:
+    """In units D the step is D^-1 that of one unit; the oracle is solved in double precision."""
+    torch.manual_seed(0)
+    root = torch.randn(4, 5, 5)
+    full = root @ root.mT + torch.eye(5)  # four matrices of well-conditioned arrows
+    down = torch.randn(4, 3), torch.randn(2).double()
+    scale = 2.5
+    couple = scale * full[:, :3, 3:]  # with N/B in it
+    glob = scale * full[:, 3:, 3:].sum(0)
+    matrix = torch.zeros(14, 14)
+    for n in range(4):
+        own = slice(3 * n, 3 * n + 3)
+        matrix[own, own], matrix[own, 12:] = scale * full[n, :3, :3], couple[n]
+    matrix[12:, :12], matrix[12:, 12:] = matrix[:12, 12:].mT, glob
+    exact = torch.linalg.solve(matrix, torch.cat([scale * down[0].flatten(), down[1]]))
+    # Powers of two, which round nothing.
+    units = 2.0 ** torch.linspace(-1, 1, 5).mul(math.log2(spread) / 2).round()
+    local, top = units[:3], units[3:]
+    step = newton_direction(
+        {"data": (scale * down[0] / local).to(dtype), "global": (down[1] / top).to(dtype)},
+        {
+            "local": (full[:, :3, :3] / local[:, None] / local).to(dtype),
+            "cross": (full[:, :3, 3:] / local[:, None] / top).to(dtype),
+            "global": (glob / top[:, None] / top).to(dtype),
+        },
+        scale,
+    )
+    slack = 100 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (step["data"].double() / local - exact[:12].reshape(4, 3)).abs().max() < slack
+    assert (step["global"].double() / top - exact[12:]).abs().max() < slack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [1.0, 2.0**-13, 2.0**13])
+def test_newton_steps_leave_saddles_in_any_units(unit: float, dtype: torch.dtype) -> None:
+    """One row is a saddle: eigenvalues 3 and -1, whose absolute values make [[2, 1], [1, 2]]."""
+    units = torch.tensor([1.0, unit], dtype=dtype)
+    saddle = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=dtype)
+    bowl = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=dtype)
+    blocks = {"local": torch.stack([saddle, bowl]) / units / units[:, None]}
+    down = torch.tensor([[1.0, -4.0], [1.0, -4.0]], dtype=dtype)
+    step = newton_direction({"data": down / units}, blocks, 1.0)["data"] / units
+    exact = torch.tensor([2.0, -3.0], dtype=dtype).expand(2, 2)
+    torch.testing.assert_close(step, exact, rtol=0, atol=30 * torch.finfo(dtype).eps)
+
+
+def test_newton_steps_leave_a_saddle_without_a_diagonal() -> None:
+    """Eigenvalues 1 and -1; and a matrix of zeros, where any step down is a good one."""
+    for dtype in (torch.float32, torch.float64):
+        saddle = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=dtype)
+        blocks = {"local": torch.stack([saddle, torch.zeros_like(saddle)])}
+        down = torch.tensor([[0.3, -2.0], [0.0, 0.0]], dtype=dtype)
+        step = newton_direction({"data": down}, blocks, 1.0)["data"]
+        torch.testing.assert_close(step, down, rtol=0, atol=4 * torch.finfo(dtype).eps)

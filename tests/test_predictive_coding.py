@@ -393,3 +393,24 @@ def test_newton_steps_leave_a_saddle() -> None:
     log_joint = LogJoint(well, (x,))
     settled, _ = newton(log_joint, {"data": torch.full((2, 1), 1e-3)}, num_steps=30)
     assert torch.allclose(settled["data"][:, 0] ** 2, x - 0.125, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [1e-8, 1e-4, 1.0, 1e4])
+def test_newton_steps_end_at_the_mode_in_any_units(unit: float, dtype: torch.dtype) -> None:
+    """Counts of exp(z / unit) and of exp(unit z): e + exp(e) is the count at the mode."""
+    count = torch.tensor([[50.0, 3.0], [0.0, 400.0]], dtype=dtype)
+    units = torch.tensor([unit, 1 / unit], dtype=dtype)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(units), units).to_event(1))
+            pyro.sample("x", dist.Poisson((z / units).exp()).to_event(1), obs=x)
+
+    exact = torch.zeros(2, 2)
+    for _ in range(500):
+        exact = exact - (exact + exact.exp() - count) / (1 + exact.exp())
+    log_joint = LogJoint(model, (count,))
+    found, _ = newton(log_joint, {"data": torch.zeros_like(count)}, num_steps=500)
+    error = (found["data"] / units - exact).abs().max()
+    assert error < 30 * torch.finfo(dtype).eps

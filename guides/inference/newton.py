@@ -5,8 +5,10 @@
     u         <- u - t du                                      t halved until the energy falls
 
 Gradient relaxation slows down where curvatures differ; Newton steps do not, and near the mode they
-double the number of right digits. Where a Hessian is indefinite its eigenvalues are replaced by
-their absolute values, so that every step goes down and leaves saddles.
+double the number of right digits. Where a Hessian is indefinite its eigenvalues, in units of its
+diagonal, are replaced by their absolute values, so that every step goes down and leaves saddles.
+Neither the steps nor their end depend on the units of the latents: a row is done where a step
+promises less energy than rounding hides.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from guides.energy import LogJoint
-from guides.inference.arrow import Arrow
+from guides.inference.arrow import Arrow, Cholesky
 from guides.inference.curvature import hessian
 from guides.inference.units import energy_function
 
@@ -34,7 +36,7 @@ def newton(
     jacobian: bool = True,
     kind: str = "exact",
 ) -> tuple[dict[str, Tensor], int]:
-    """Take Newton steps down the energy, until they no longer move the latents.
+    """Take Newton steps down the energy, until they promise no more of it than rounding.
 
     Args:
         log_joint: The log joint of the call.
@@ -73,10 +75,15 @@ def newton(
                     break
                 factor = torch.where(accepted, factor, 0.5 * factor)
             factor = torch.where(accepted, factor, torch.zeros_like(factor))
-            moves = {k: _unit(factor, v) * step[k] for k, v in state.items()}
-            state = {k: v - moves[k] for k, v in state.items()}
-            root = torch.finfo(before.dtype).eps ** 0.5
-            if all(bool((m.abs() <= root * (1 + state[k].abs())).all()) for k, m in moves.items()):
+            state = {k: v - _unit(factor, v) * step[k] for k, v in state.items()}
+            # What a step promises is a number of nats, whatever the units of the latents are.
+            promised = {k: grads[k] * step[k] for k in step}
+            if joint:
+                promise = torch.stack([p.sum() for p in promised.values()]).sum().reshape(1)
+            else:
+                promise = promised["data"].sum(-1) / scale
+            rounding = torch.finfo(before.dtype).eps * (1 + before.abs())
+            if bool(((promise <= rounding) | (factor == 0)).all()):
                 break
     return state, num_gradients
 
@@ -93,8 +100,8 @@ def newton_direction(
     return Arrow(blocks, scale, _Positive).solve(right)
 
 
-class _Positive:
-    """Symmetric matrices with their eigenvalues made positive."""
+class _Positive(Cholesky):
+    """Factors of symmetric matrices, where these are indefinite with eigenvalues made positive."""
 
     def __init__(self, matrix: Tensor) -> None:
         if not bool(torch.isfinite(matrix).all()):
@@ -105,24 +112,31 @@ class _Positive:
                 'to unit size, or relax by gradients (solver="gradient").'
             )
         symmetric = 0.5 * (matrix + matrix.mT)
-        try:
-            values, self.vectors = torch.linalg.eigh(symmetric)
-        except torch.linalg.LinAlgError:
-            # Entries of far different sizes; a plain gradient step of the largest one's scale.
-            size = symmetric.abs().amax((-2, -1)).unsqueeze(-1)
-            values = size.expand(matrix.shape[:-1])
-            eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-            self.vectors = eye.expand(matrix.shape)
-        largest = values.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-        self.values = torch.maximum(values.abs(), 1e-6 * largest)
+        self.factor, info = torch.linalg.cholesky_ex(symmetric)
+        # What is left of a coordinate's own curvature has no unit, which eigenvalues have: these
+        # cannot tell a coordinate of wide scale from a direction without curvature.
+        own = symmetric.diagonal(dim1=-2, dim2=-1)
+        left = self.factor.diagonal(dim1=-2, dim2=-1).square()
+        sound = (info == 0) & (left > 100 * torch.finfo(own.dtype).eps * own).all(-1)
+        if not bool(sound.all()):
+            self.factor[~sound] = _absolute(symmetric[~sound])
 
-    def solve(self, right: Tensor) -> Tensor:
-        """The inverse times columns ``(..., K, R)``."""
-        return self.vectors @ ((self.vectors.mT @ right) / self.values.unsqueeze(-1))
 
-    def log_det(self) -> Tensor:
-        """The log determinants ``(...)``."""
-        return self.values.log().sum(-1)
+def _absolute(matrix: Tensor) -> Tensor:
+    """Cholesky factors ``(..., K, K)`` of matrices whose eigenvalues lost their sign."""
+    info = torch.finfo(matrix.dtype)
+    own = matrix.diagonal(dim1=-2, dim2=-1).abs()
+    most = matrix.abs().amax(-1).clamp_min(info.tiny)
+    # Curvatures of either sign may cancel on the diagonal, which says nothing there.
+    unit = torch.where(own > info.eps * most, own, most).sqrt().unsqueeze(-1)
+    values, vectors = torch.linalg.eigh(matrix / unit / unit.mT)
+    largest = values.abs().amax(-1, keepdim=True).clamp_min(info.tiny)
+    values = torch.maximum(values.abs(), max(1e-6, 100 * info.eps) * largest)
+    root = unit * vectors * values.sqrt().unsqueeze(-2)
+    # The factor of a product, without forming it.
+    upper = torch.linalg.qr(root.mT).R
+    sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
+    return (sign.unsqueeze(-1) * upper).mT
 
 
 def _unit(factor: Tensor, value: Tensor) -> Tensor:
