@@ -15,10 +15,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from guides.arguments import check_options, did_you_mean
+from guides.arguments import check_options, did_you_mean, remedy
 from guides.families import FAMILIES
 from guides.grid import cell_name, refusal
 from guides.schemes import SCHEMES
@@ -105,7 +105,7 @@ def make(
     if unknown:
         raise TypeError(
             f"A composite guide has no option {unknown[0]!r}; its own options are "
-            f"{', '.join(known['guide'])}. {_remedy(unknown[0], known['guide'], model)}Options of "
+            f"{', '.join(known['guide'])}. {remedy(unknown[0], known['guide'], model)}Options of "
             'a cell stand beside its name: {"data": ("amortized_normal", {"hidden": (64,)})}.'
         )
     check_options(Guide.__init__, options, "a composite guide")
@@ -150,25 +150,16 @@ def _entry(key: str, entry: Any) -> tuple[str, Mapping[str, Any]]:
     )
 
 
-def _remedy(option: str, known: Iterable[str], model: Any) -> str:
-    """What an unknown option may have been meant for."""
-    try:
-        function = model.forward if hasattr(model, "forward") else model
-        arguments = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        arguments = []
-    if option in arguments:
-        return (
-            f"{option!r} is an argument of the model: pass model_kwargs={{{option!r}: ...}}, the "
-            "keyword arguments of the example call. "
-        )
-    return did_you_mean(option, known)
-
-
 def _cell(
     name: str, options: Mapping[str, Any], more: Mapping[str, list[str]], model: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Family and scheme of a name with their options, and the options of neither."""
+    if name in SEQUENCE_GUIDES:
+        raise ValueError(
+            f"{name!r} is a guide of sequences, which reads the whole program and is no part of a "
+            f"composite guide. guides.make({name!r}, model, ...) covers latents of every step, "
+            "and those outside of the data plate, too."
+        )
     if name not in GUIDES:
         reason = next(
             (
@@ -203,7 +194,7 @@ def _cell(
         if owner is None:
             listed = sorted({o for names in known.values() for o in names})
             raise TypeError(
-                f"Guide {name!r} has no option {option!r}. {_remedy(option, listed, model)}Its "
+                f"Guide {name!r} has no option {option!r}. {remedy(option, listed, model)}Its "
                 f"options: {', '.join(listed)}."
             )
         sorted_options[owner][option] = value

@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_annotated", "check_number", "check_options", "check_widths", "did_you_mean"]
+__all__ = [
+    "check_annotated",
+    "check_number",
+    "check_options",
+    "check_widths",
+    "did_you_mean",
+    "remedy",
+]
 
 _WORDS = {
     "int": "an integer",
@@ -138,3 +145,18 @@ def _shown(value: Any) -> str:
         return text
     kind = type(value).__name__
     return f"{text} ({kind})" if len(text) <= 40 else f"a {kind}"
+
+
+def remedy(option: str, known: Iterable[str], model: Any) -> str:
+    """What an unknown option may have been meant for."""
+    try:
+        function = model.forward if hasattr(model, "forward") else model
+        arguments = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        arguments = []
+    if option in arguments:
+        return (
+            f"{option!r} is an argument of the model: pass model_kwargs={{{option!r}: ...}}, the "
+            "keyword arguments of the example call. "
+        )
+    return did_you_mean(option, known)

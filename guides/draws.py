@@ -359,5 +359,6 @@ def check_same_program(
     if set(other.sites) != set(guide.latents):
         raise ValueError(
             f"This guide covers {', '.join(guide.latents)}, but the model samples "
-            f"{', '.join(other.sites) or 'nothing'}. Build a guide for this program."
+            f"{', '.join(other.sites) or 'nothing'}. Build a guide for this program, or pass the "
+            "program that it is for: guide.model, which clamps and releases as given() said."
         )

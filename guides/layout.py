@@ -231,9 +231,10 @@ def _read(read: Probe, data_plate: str | None, names: frozenset[str] | None) -> 
             continue
         if torch.isnan(site["value"]).any():
             raise ValueError(
-                f"Observed site {name!r} contains NaN. Predictive coding infers missing entries: "
-                f"pc.given(missing=[{name!r}]). Elsewhere fill them with any value in the support "
-                "and switch them off with poutine.mask."
+                f"Observed site {name!r} contains NaN. PredictiveCoding infers missing entries: "
+                f"pc.given(missing=[{name!r}]), whose .model is the program that its posterior is "
+                "for. Everywhere else fill them with any value in the support and switch them off "
+                "with pyro.poutine.mask."
             )
     sites = {name: _latent_site(name, site, plates, row_plate) for name, site in latent.items()}
     groups = [

@@ -156,7 +156,8 @@ def test_the_record_shows_what_the_page_says() -> None:
         bounds = [one[f"bound_{count}"] for count in inference.ITERATIONS]
         assert bounds == sorted(bounds)
         assert bounds[-1] < one["log_evidence"]
-        assert all(one[f"gained_{c}"] > 4 * one[f"gained_{c}_error"] for c in (2, 4, 8))
+        errors = torch.tensor([one[f"gained_{count}_error"] for count in (2, 4, 8)])
+        assert bounds[-1] - bounds[0] > 4 * errors.sum()
 
 
 SHOWN = {

@@ -523,3 +523,11 @@ def test_one_scale_for_a_site_so_that_rare_features_are_not_blown_up() -> None:
     spread = (x - x.mean((0, 1))).square().mean().sqrt()
     torch.testing.assert_close(guide.scale, torch.stack([spread, spread, spread, torch.ones(())]))
     torch.testing.assert_close(guide.shift[:3], x.mean((0, 1)))
+
+
+def test_names_and_options_in_the_wrong_place_are_refused_with_the_right_one() -> None:
+    model, x = zoo.StateSpace(z_dim=2, x_dim=3, num_steps=3), torch.zeros(4, 3, 3)
+    with pytest.raises(ValueError, match="'filtering_normal' is a guide of sequences"):
+        guides.make({"data": "filtering_normal"}, model, x)
+    with pytest.raises(TypeError, match=r"'size' is an argument of the model: pass model_kwargs"):
+        guides.make("filtering_normal", model, x, size=8)

@@ -781,3 +781,12 @@ def test_it_is_a_loop() -> None:
     assert "precision=riccati" in repr(loop)
     assert stationary(loop._read((X,), {})).shape == (1, 1)
     assert layout(walk, (X,)).num_rows == 2
+
+
+def test_data_of_another_dtype_than_the_program() -> None:
+    _, x = walks(3, 4)
+    for precision in PRECISIONS:
+        with pyro.get_param_store().scope():
+            found = temporal(walk, precision).filter(x.double())
+            wanted = temporal(walk, precision).filter(x.float())
+        assert (found.mean - wanted.mean).abs().max() < 1e-5

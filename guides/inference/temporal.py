@@ -472,7 +472,7 @@ class TemporalPredictiveCoding(Runs):
         mean, slope, noise = linearize(call, t, states)
         total = noise @ noise.mT
         if slope is not None and covariance is not None:
-            total = total + slope @ covariance.detach() @ slope.mT
+            total = total + slope @ covariance.detach().to(slope) @ slope.mT
         return Carried(mean, total)
 
     def _shared(self, call: Sequential) -> Tensor:

@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from guides.arguments import check_options, did_you_mean
+from guides.arguments import check_options, remedy
 from guides.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def build(
         else:
             known = sorted({*own, *of_family})
             raise TypeError(
-                f"Guide {name!r} has no option {option!r}. {did_you_mean(option, known)}Its "
+                f"Guide {name!r} has no option {option!r}. {remedy(option, known, model)}Its "
                 f"options: {', '.join(known)}."
             )
     check_options(guide_class.__init__, chosen, f"guide {name!r}")

@@ -106,10 +106,12 @@ def read_steps(read: Layout) -> list[Step]:
         if len(set(numbers)) > 1:
             odd = next(i for i, n in enumerate(numbers) if n != numbers[0])
             raise ValueError(
-                f"Steps must look alike, so that one network serves them all: step 1 "
+                f"Steps must look alike, since one network or one update serves them all: step 1 "
                 f"({', '.join(steps[0].sites)}) has {numbers[0]} {what}, step {odd + 1} "
-                f"({', '.join(steps[odd].sites)}) has {numbers[odd]}. Use an autoregressive_ "
-                "guide, which has networks for every site."
+                f"({', '.join(steps[odd].sites)}) has {numbers[odd]}. Observe every step and mask "
+                "the rows that lack it (pyro.poutine.mask); put a latent of the whole row into "
+                "the state of every step, or make it a parameter. Programs without alike steps "
+                "are for autoregressive_ guides and PredictiveCoding."
             )
     return steps
 
