@@ -124,13 +124,19 @@ class Site:
         return value.movedim(rows, 0).reshape(value.shape[rows], self.size)
 
     def constrain(self, unconstrained: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map to the support; also the log-determinant at the site's plates (None for zero)."""
+        """Map to the support; also the log-determinant at the site's plates (None for zero).
+
+        Where the mask of the site is off the log-determinant is zero, as its density is.
+        """
         if self.transform is None:
             return unconstrained, None
         value = self.transform(unconstrained)
         log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
         extra = log_det.dim() - (value.dim() - self.event_dim)
-        return value, log_det.flatten(-extra).sum(-1) if extra else log_det
+        log_det = log_det.flatten(-extra).sum(-1) if extra else log_det
+        if self.mask is not None:
+            log_det = torch.where(self.mask, log_det, torch.zeros_like(log_det))
+        return value, log_det
 
     def unconstrain(self, value: Tensor) -> Tensor:
         """Inverse of :meth:`constrain`, without the log-determinant."""

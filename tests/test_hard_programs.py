@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import guides
 from guides.diagnostics import elbo, log_evidence, pareto_khat
 from guides.draws import draw
+from guides.energy import LogJoint
 from guides.inference import SVI, PredictiveCoding
 from guides.rows import take_rows
 
@@ -341,14 +342,29 @@ def test_latents_of_two_dtypes_share_a_group() -> None:
     PredictiveCoding(mixed, pyro.optim.SGD({})).infer(X)
 
 
-def test_a_masked_positive_latent_has_no_mode_in_unconstrained_space() -> None:
-    def masked(x: Tensor) -> None:
-        with pyro.plate("data", len(x)), poutine.mask(mask=torch.arange(len(x)) > 2):
+@pytest.mark.parametrize("jacobian", [True, False])
+def test_a_masked_positive_latent_relaxes_as_if_its_row_were_not_there(jacobian: bool) -> None:
+    def masked(x: Tensor, on: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=on):
             z = pyro.sample("z", dist.Gamma(2.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match=r"Latent site 'z' is masked.*jacobian=False"):
+    on = torch.arange(len(X)) > 2
+    pc = PredictiveCoding(masked, pyro.optim.SGD({}), jacobian=jacobian, num_steps=50)
+    found, state = pc.infer(X, on), pc.inspect(X, on)
+    alone = PredictiveCoding(masked, pyro.optim.SGD({}), jacobian=jacobian, num_steps=50)
+    torch.testing.assert_close(found["z"][on], alone.infer(X[on], on[on])["z"])
+    assert pc.evaluate_loss(X, on) == pytest.approx(alone.evaluate_loss(X[on], on[on]))
+    assert not state["x"].error[:3].any()
+    start = LogJoint(masked, (X, on)).predictions()["z"]
+    assert torch.equal(found["z"][~on], start[~on])
+
+
+def test_a_mask_inside_a_positive_latent_has_no_mode_in_unconstrained_space() -> None:
+    def masked(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(2.0, 1.0).mask(torch.arange(len(x)) > 2))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(torch.arange(len(x)) > 2), obs=x)
+
+    with pytest.raises(ValueError, match=r"Latent site 'z' is masked.*pyro.poutine.mask around"):
         PredictiveCoding(masked, pyro.optim.SGD({})).step(X)
-    pc = PredictiveCoding(masked, pyro.optim.SGD({}), jacobian=False)
-    state = pc.inspect(X)["x"]
-    assert not state.error[:3].any()

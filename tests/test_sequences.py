@@ -14,8 +14,11 @@ from pyro.infer import SVI, Trace_ELBO
 import guides
 import zoo
 from guides.diagnostics import elbo
+from guides.draws import draw
+from guides.energy import LogJoint
 from guides.inference import CompiledSVI
 from guides.layout import layout
+from guides.objectives import FIVO, IWELBO, STL, AnalyticELBO, DReG, Renyi
 from guides.sequences import SEQUENCE_GUIDES, SEQUENCE_SCHEMES
 from guides.sequences.steps import read_steps
 from tests.model_cases import MODEL_CASES
@@ -171,6 +174,41 @@ def test_a_row_that_is_masked_throughout_counts_for_nothing(name: str) -> None:
     assert all(torch.isfinite(p).all() for p in guide.parameters())
     nothing = torch.zeros_like(on)
     assert abs(svi.evaluate_loss(x, nothing)) < 1e-12
+
+
+def positive_walk(x: torch.Tensor, on: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = torch.ones(len(x))
+        for t in range(x.shape[1]):
+            with poutine.mask(mask=on[:, t]):
+                z = pyro.sample(f"z_{t}", dist.LogNormal(0.5 * z.log() + 1.0, 0.5))
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["filtering_normal", "iterative_filtering_normal"])
+def test_a_masked_step_of_a_positive_latent_counts_in_no_objective(name: str) -> None:
+    """Neither its density nor the Jacobian of its support; rows with a step less are shorter."""
+    x = torch.randn(3, 3)
+    on = torch.tensor([[True] * 3, [True, True, False], [False] * 3])
+    guide = guides.make(name, positive_walk, x, torch.ones_like(on), **small(name))
+    for objective in (
+        *(Trace_ELBO(), AnalyticELBO(), STL(), IWELBO(4), DReG(4), Renyi(0.5, 4), FIVO(4)),
+    ):
+        guide.zero_grad()
+        assert objective.loss_and_grads(positive_walk, guide, x, on & False) == 0.0
+        assert all(p.grad is None or (p.grad == 0).all() for p in guide.parameters())
+    found = draw(positive_walk, guide, (x, on), num_samples=4)
+    assert (found.log_p_rows[:, 2] == 0).all()
+    assert (found.log_q_rows[:, 2] == 0).all()
+    values = {f"z_{t}": torch.rand(3) + 0.5 for t in range(3)}
+    whole = LogJoint(positive_walk, (x, on))
+    rows = whole.packed(whole.layout.pack(values))[0]
+    for row, steps in ((0, 3), (1, 2)):
+        alone = LogJoint(positive_walk, (x[row, None, :steps], on[row, None, :steps]))
+        own = {f"z_{t}": values[f"z_{t}"][row, None] for t in range(steps)}
+        torch.testing.assert_close(rows[row, None], alone.packed(alone.layout.pack(own))[0])
+    assert rows[2] == 0
 
 
 @pytest.mark.parametrize("model_name", SEQUENCE_MODELS)

@@ -29,6 +29,7 @@ from guides.inference.solvers.solver import Solver
 from guides.inference.start import insert, off_center
 from guides.inference.warm_start import keep_last, recall_last
 from guides.layout import Layout, layout
+from guides.supports import is_masked
 
 __all__ = ["RelaxingStep", "holds_globals"]
 
@@ -133,13 +134,18 @@ class RelaxingStep(CapturedStep):
         if self.guide is not None:
             programs["guide"] = self.guide
         check_ownership(programs, {role: capture(p, args, kwargs) for role, p in programs.items()})
-        masked = [site.name for site in log_joint.layout.sites.values() if site.masked]
-        constrained = [n for n in masked if log_joint.layout.sites[n].transform is not None]
+        # A mask of handlers switches the Jacobian off as well; that of a distribution does not.
+        constrained = [
+            site.name
+            for site in log_joint.layout.sites.values()
+            if site.masked and site.transform is not None
+            if site.mask is None or is_masked(site.fn)
+        ]
         if constrained and self.jacobian:
             raise ValueError(
                 f"Latent site {constrained[0]!r} is masked: where its mask is off only the "
-                "Jacobian of its support is left, which has no mode. Sample it without the mask "
-                "(mask only what is observed), or pass jacobian=False."
+                "Jacobian of its support is left, which has no mode. Mask the site with a tensor, "
+                "with pyro.poutine.mask around it, or pass jacobian=False."
             )
         # Distributions check the data once; the relaxation itself runs without checks.
         values = log_joint.predictions()

@@ -584,5 +584,4 @@ def _log_dets(call: Sequential, t: int, u: Tensor) -> Tensor:
         log_det = own.sites[name].constrain(value)[1]
         if log_det is not None:
             total = total + own.sites[name].rows(log_det)
-    mask = call.steps[t].mask
-    return total if mask is None else torch.where(mask, total, torch.zeros_like(total))
+    return total
