@@ -650,6 +650,27 @@ def test_what_was_found_of_one_model_is_not_told_of_another() -> None:
     pickle.dumps(objective)
 
 
+def test_what_was_found_of_one_call_is_not_told_of_another_kind() -> None:
+    """A switch that ties two priors: the loss is that of an objective that saw nothing before."""
+
+    def model(x: Tensor, linked: bool = False) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(a if linked else torch.zeros(len(x)), 0.5))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    x = torch.randn(5)
+    guide = guides.make("multivariate_normal", model, x)
+    objective = AnalyticELBO(3)
+    for linked, prior in ((False, ("a", "b")), (True, ("a",)), (False, ("a", "b"))):
+        losses = []
+        for each in (objective, AnalyticELBO(3)):
+            torch.manual_seed(1)
+            losses.append(each.loss(model, guide, x, linked=linked))
+        assert losses[0] == losses[1]
+        assert objective.analytic_terms(model, guide, x, linked=linked)["prior"] == prior
+
+
 def test_analytic_terms_stay_so_while_refinement_is_recorded() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

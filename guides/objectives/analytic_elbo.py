@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
 
+from guides.capture.arguments import flatten
 from guides.draws import over_draws
 from guides.energy import LogJoint, SiteTerms
 from guides.guide import ProgramGuide
@@ -25,6 +26,7 @@ from guides.supports import unwrap
 __all__ = ["AnalyticELBO"]
 
 _KEPT = 7
+_KINDS = 256
 _GAUSSIAN = (Normal, MultivariateNormal, LowRankMultivariateNormal)
 
 
@@ -44,7 +46,9 @@ class AnalyticELBO(Objective):
     sampled, and :class:`guides.objectives.STL` has less of it.
 
     Whether a prior depends on other latents is read from the graph of its parameters and from
-    their numbers at moved latents, once for each model and guide.
+    their numbers at moved latents, once for each model, guide and kind of call: its latents, the
+    shapes of its tensors, and its arguments that are none, such as switches. A switch that comes
+    as a tensor, or as an attribute of the model, is not seen to change.
 
     The loss is minus the ELBO of all N rows (lower is better): an upper bound on -log p(x) in
     expectation, and equal to ``Trace_ELBO``'s in expectation. For a point mass it is an energy,
@@ -74,7 +78,7 @@ class AnalyticELBO(Objective):
 
     def __init__(self, num_particles: int = 1) -> None:
         super().__init__(num_particles)
-        self._priors: list[tuple[Program, ProgramGuide, tuple[str, ...]]] = []
+        self._priors: list[tuple[Program, ProgramGuide, dict[Any, tuple[str, ...]]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_priors": []}
@@ -120,9 +124,14 @@ class AnalyticELBO(Objective):
     def _analytic_priors(
         self, model: Program, guide: ProgramGuide, draws: PackedDraws, log_joint: LogJoint
     ) -> tuple[str, ...]:
-        for known_model, known_guide, known in self._priors:
-            if known_model is model and known_guide is guide:
-                return known
+        pairs = (kinds for m, g, kinds in self._priors if m is model and g is guide)
+        kinds: dict[Any, tuple[str, ...]] | None = next(pairs, None)
+        if kinds is None:
+            # Held, because the identity of an object that is gone passes to another one.
+            self._priors = [*self._priors[-_KEPT:], (model, guide, kinds := {})]
+        kind = (flatten(log_joint.args, dict(log_joint.kwargs)).key, tuple(draws.layout.sites))
+        if kind in kinds:
+            return kinds[kind]
         gaussian = {
             site.name
             for d in draws.groups
@@ -131,8 +140,9 @@ class AnalyticELBO(Objective):
         }
         independent = _independent_normals(log_joint, draws.packed(), draws.layout)
         found = tuple(name for name in independent if name in gaussian)
-        # Held, because the identity of an object that is gone passes to another one.
-        self._priors = [*self._priors[-_KEPT:], (model, guide, found)]
+        if len(kinds) == _KINDS:
+            del kinds[next(iter(kinds))]
+        kinds[kind] = found
         return found
 
 
