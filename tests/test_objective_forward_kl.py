@@ -9,7 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
 import guides
@@ -248,3 +249,55 @@ def test_the_model_gets_no_gradient_through_a_guide_that_runs_it(name: str) -> N
     )
     for parameter, gradient in zip(guide.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_parameter_of_the_store_learns_nothing_from_simulations() -> None:
+    """Nor later: a step of another objective after a step of sleep is that step alone."""
+
+    def model(x: Tensor) -> None:
+        weight = pyro.param("weight", torch.tensor(1.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=x)
+
+    x = torch.randn(20)
+    guide = guides.make("semi_amortized_normal", model, x)
+    still = pyro.optim.SGD({"lr": 0.0})
+    found = []
+    for sleep in (0, 2):
+        for _ in range(sleep):
+            SVI(model, guide, still, ForwardKL()).step(x)
+        weight = pyro.get_param_store()["weight"]
+        assert weight.grad is None or weight.grad == 0
+        torch.manual_seed(1)
+        Trace_ELBO().loss_and_grads(model, guide, x)
+        found.append(weight.grad.clone())
+        weight.grad = None
+        guide.zero_grad()
+    assert found[0] != 0
+    assert found[0] == found[1]
+
+
+def test_a_step_that_a_row_lacks_counts_for_nothing() -> None:
+    def model(x: Tensor, on: Tensor) -> None:
+        with pyro.plate("data", len(on)):
+            z = torch.zeros(len(on))
+            for t in range(on.shape[1]):
+                with poutine.mask(mask=on[:, t]):
+                    z = pyro.sample(f"z_{t}", dist.LogNormal(0.5 * z, 0.5))
+                    pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    x = torch.randn(3, 4)
+    on = torch.arange(4) < torch.tensor([[4], [2], [0]])
+    guide = guides.make("filtering_normal", model, x, on, recurrent=4, hidden=4)
+    values = {f"z_{t}": torch.rand(3) + 0.5 for t in range(4)}
+    found = ForwardKL().log_q(guide, values, x, on)
+    short = {f"z_{t}": values[f"z_{t}"][1:2] for t in range(2)}
+    alone = ForwardKL().log_q(guide, short, x[1:2, :2], on[1:2, :2])
+    torch.testing.assert_close(found[1:2], alone)
+    assert found[2] == 0
+    loss = ForwardKL(simulate=lambda x, on: ((x, on), {}, values)).loss_and_grads(
+        *(model, guide, x, on & False)
+    )
+    assert loss == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in guide.parameters())

@@ -23,8 +23,9 @@ from guides.arguments import did_you_mean
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
 from guides.inference.relaxation import energy_function
+from guides.objectives.guide_alone import of_guide_alone
 
-__all__ = ["GUIDE_LOSSES", "check_guide", "guide_loss", "of_guide_alone"]
+__all__ = ["GUIDE_LOSSES", "check_guide", "guide_loss"]
 
 GUIDE_LOSSES = ("reverse_kl", "forward_kl", "jeffreys")
 
@@ -75,21 +76,6 @@ def guide_loss(kind: str, guide: Any, log_joint: LogJoint, draws: Mapping[str, T
     return of_guide_alone(loss, guide)
 
 
-def of_guide_alone(loss: Tensor, guide: Any) -> Tensor:
-    """A scalar with the gradient of a loss in the guide's parameters, and in no others.
-
-    Refined guides run the model, whose parameters must not learn from the guide's loss.
-    """
-    own = [parameter for parameter in guide.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, own, allow_unused=True)
-    terms = [
-        (gradient.detach() * parameter).sum()
-        for gradient, parameter in zip(gradients, own, strict=True)
-        if gradient is not None
-    ]
-    return torch.stack(terms).sum() if terms else loss.detach()
-
-
 def _reverse(guide: ProgramGuide, log_joint: LogJoint) -> Tensor:
     args, kwargs = log_joint.args, log_joint.kwargs
     drawn, log_q, read = guide.rsample_packed(1, args, kwargs, log_joint.layout.indices)
@@ -122,7 +108,10 @@ def _forward(guide: ProgramGuide, log_joint: LogJoint, draws: Mapping[str, Tenso
             value = packed[group.name]  # (T, B, K) or (T, G)
             placed = value if group.plate is None else group.batch(value)
             q = guide.group_distribution(group, call, upstream)
-            log_q = q.log_prob(placed).reshape(value.shape[:-1])
+            log_q = q.log_prob(placed)
+            if (mask := guide.group_mask(group)) is not None:
+                log_q = torch.where(mask, log_q, torch.zeros_like(log_q))
+            log_q = log_q.reshape(value.shape[:-1])
             scale = 1.0 if group.plate is None else read.scale
             total = total - scale * log_q.sum() / len(value)
             upstream[group.name] = (

@@ -25,9 +25,10 @@ from torch import Tensor
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
 from guides.inference.checks import capture
-from guides.inference.guide_losses import guide_loss, of_guide_alone
+from guides.inference.guide_losses import guide_loss
 from guides.inference.predictive_coding import PredictiveCoding
 from guides.inference.relaxation import Relaxed
+from guides.objectives.guide_alone import of_guide_alone
 from guides.probe import Program
 
 __all__ = ["HybridPredictiveCoding"]

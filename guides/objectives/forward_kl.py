@@ -14,6 +14,7 @@ from guides.draws import guide_terms
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
 from guides.layout import layout
+from guides.objectives.guide_alone import of_guide_alone
 from guides.objectives.objective import Objective, own_guide
 from guides.probe import Program
 
@@ -95,7 +96,12 @@ class ForwardKL(Objective):
             new_args, new_kwargs, values = self.draw(model, *args, **kwargs)
             log_q = self.log_q(guide, values, *new_args, model=model, **new_kwargs)
             total = total - log_q.mean()
-        return _of_guide_alone(total / self.num_particles, model, guide)
+        loss = total / self.num_particles
+        own = isinstance(guide, nn.Module) and any(
+            isinstance(module, ProgramGuide) for module in guide.modules()
+        )
+        # Refined and top-down guides run the model, which must not learn from its simulations.
+        return of_guide_alone(loss, guide) if own else loss
 
     def draw(self, model: Program, *args: Any, **kwargs: Any) -> Simulated:
         """Simulate from the model: a call with new data, and the latents behind it by site."""
@@ -146,21 +152,6 @@ def _check_amortized(guide: Any) -> None:
         )
 
 
-def _of_guide_alone(loss: Tensor, model: Program, guide: Callable[..., Any]) -> Tensor:
-    """The loss, without its gradient in the model: refined and top-down guides run the model."""
-    if not isinstance(model, nn.Module) or not loss.requires_grad:
-        return loss
-    own = {id(p) for p in guide.parameters()} if isinstance(guide, nn.Module) else set()
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    if not others:
-        return loss
-    gradients = torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True)
-    for parameter, gradient in zip(others, gradients, strict=True):
-        if gradient is not None:
-            loss = loss - (gradient.detach() * (parameter - parameter.detach())).sum()
-    return loss
-
-
 def _score(
     guide: ProgramGuide,
     values: Mapping[str, Tensor],
@@ -177,7 +168,10 @@ def _score(
         for group in read.groups:
             q = guide.group_distribution(group, call, upstream)
             upstream[group.name] = group.batch(packed[group.name])
-            rows = rows + q.log_prob(upstream[group.name]).reshape(group.shape[:-1])
+            score = q.log_prob(upstream[group.name])
+            if (mask := guide.group_mask(group)) is not None:
+                score = torch.where(mask, score, torch.zeros_like(score))
+            rows = rows + score.reshape(group.shape[:-1])
     log_dets = LogJoint(guide.model, args, kwargs, layout=read).unpack(packed)[2]
     return sum((-log_det for log_det in log_dets.values()), rows)
 
