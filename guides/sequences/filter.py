@@ -166,13 +166,15 @@ class VariationalFilter(SequenceGuide):
             self.rate.bias.fill_(math.log(2.0 ** (1.0 / num_iterations) - 1.0))
             self.move.weight.mul_(0.1)
             self.move.bias.zero_()
-        self._surrogates: list[Tensor] = []
+        self._surrogates: list[Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the latents; in training the earlier iterations add their gradients."""
-        self._surrogates = []
-        values = super().forward(*args, **kwargs)
-        found, self._surrogates = self._surrogates, []
+        found = self._surrogates = []
+        try:
+            values = super().forward(*args, **kwargs)
+        finally:
+            self._surrogates = None
         if found and torch.is_grad_enabled():
             read = self._layout(args, kwargs, None)
             plate = read.data_plate
@@ -185,13 +187,6 @@ class VariationalFilter(SequenceGuide):
             pyro.factor(f"_{self._pyro_name}_iterations", total - total.detach(), has_rsample=True)
         return values
 
-    def _call(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout
-    ) -> SequenceCall:
-        # Objectives that draw from the steps themselves take no gradients of earlier iterations.
-        self._surrogates = []
-        return super()._call(args, kwargs, read)
-
     def step_parameters(self, position: int, call: SequenceCall) -> Tensor:
         """Parameters of q of a step after all iterations, ``(*S, B, P)``."""
         group = self._group(position, call)
@@ -202,7 +197,8 @@ class VariationalFilter(SequenceGuide):
             x = call.context[position]
         for iteration in range(self.num_iterations):
             gradient = self._gradient(lam.detach(), group, known, call)
-            if iteration and torch.is_grad_enabled() and lam.requires_grad:
+            # Objectives that draw from the steps themselves take none of earlier iterations.
+            if self._surrogates is not None and iteration and lam.requires_grad:
                 self._surrogates.append((gradient * lam).sum(-1))
             lam = self._updated(lam.detach(), gradient, predicted, x)
         return lam
