@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pyro
@@ -209,6 +210,42 @@ def test_a_masked_step_of_a_positive_latent_counts_in_no_objective(name: str) ->
         own = {f"z_{t}": values[f"z_{t}"][row, None] for t in range(steps)}
         torch.testing.assert_close(rows[row, None], alone.packed(alone.layout.pack(own))[0])
     assert rows[2] == 0
+
+
+def held_by(guide: Any) -> list[Any]:
+    """What its attributes hold, in lists as well."""
+    found = []
+    for value in vars(guide).values():
+        found += value if isinstance(value, (list, tuple)) else [value]
+    return found
+
+
+def test_a_filter_keeps_no_graphs_of_the_objectives_that_call_it() -> None:
+    model = zoo.StateSpace(num_steps=3)
+    x = model(size=4).detach()
+    guide = guides.make("iterative_filtering_normal", model, x, num_iterations=3, network=4)
+    for objective in (AnalyticELBO(), STL(), IWELBO(2), FIVO(2), Trace_ELBO()):
+        objective.loss_and_grads(model, guide, x)
+        assert not any(type(p) is torch.Tensor and p.requires_grad for p in held_by(guide))
+        copy.deepcopy(guide)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_latent_that_its_own_distribution_masks_is_refused(inside: bool) -> None:
+    """Its row is masked in the program and not in q, whose entropy has no bound."""
+
+    def model(x: torch.Tensor, on: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for t in range(x.shape[1]):
+                prior = dist.Normal(torch.zeros(len(x)), 1.0)
+                with poutine.mask(mask=inside):
+                    z = pyro.sample(f"z_{t}", prior.mask(on[:, t]) if inside else prior)
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0).mask(on[:, t]), obs=x[:, t])
+
+    x = torch.randn(2, 3)
+    for name in ("filtering_normal", "iterative_filtering_normal"):
+        with pytest.raises(NotImplementedError, match=r"'z_0' has .*pyro.poutine.mask around it"):
+            guides.make(name, model, x, torch.ones(2, 3, dtype=torch.bool), **small(name))
 
 
 @pytest.mark.parametrize("model_name", SEQUENCE_MODELS)

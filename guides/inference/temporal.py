@@ -71,7 +71,6 @@ from guides.layout import layout
 from guides.probe import Program, probe
 from guides.sequences.steps import read_steps
 from guides.sequences.window import Structure, check_windows, step_terms, structure
-from guides.supports import is_masked
 
 __all__ = ["PRECISIONS", "Beliefs", "TemporalPredictiveCoding"]
 
@@ -363,12 +362,7 @@ class TemporalPredictiveCoding(Runs):
         plate = call.read.data_plate
         assert plate is not None
         sites = probe(self.model, call.args, call.kwargs, call.read.indices, None).sites
-        for name, site in call.read.sites.items():
-            if is_masked(site.fn):
-                raise NotImplementedError(
-                    f"The distribution of site {name!r} has a mask of its own, which does not say "
-                    "that its row lacks the step. Mask the site, with pyro.poutine.mask around it."
-                )
+        for name in call.read.sites:
             scale = torch.as_tensor(sites[name]["scale"]) / plate.scale
             if self.precision != "fixed" and not torch.allclose(scale, torch.ones_like(scale)):
                 raise NotImplementedError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from guides.capturing import is_capturing
 from guides.layout import Layout
 from guides.sites import Group, Observed
+from guides.supports import is_masked
 
 __all__ = ["Step", "read_steps", "step_rows"]
 
@@ -51,6 +52,7 @@ def read_steps(read: Layout) -> list[Step]:
 
     Raises:
         ValueError: Where the program has no data plate, or steps that do not look alike.
+        NotImplementedError: Where the distribution of a latent has a mask of its own.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -163,7 +165,19 @@ def _floats(site: Observed) -> bool:
 
 def _mask(read: Layout, name: str) -> Tensor | None:
     site = read.sites[name]
-    if site.mask is None or site.row_dim is None:
+    if site.row_dim is None:
+        return None
+    if is_masked(site.fn):
+        raise NotImplementedError(
+            f"The distribution of site {name!r} has a mask of its own, which does not say that "
+            "its row lacks the step. Mask the site, with pyro.poutine.mask around it."
+        )
+    if site.mask is None:
+        if site.masked:
+            raise NotImplementedError(
+                f"Site {name!r} has the mask False, which does not say which rows lack the step. "
+                "Give one number a row, with pyro.poutine.mask around it."
+            )
         return None
     rows = site.mask.expand(site.batch_shape).movedim(site.row_dim, 0)
     flat = rows.reshape(rows.shape[0], -1)
