@@ -606,3 +606,83 @@ def test_names_and_options_in_the_wrong_place_are_refused_with_the_right_one() -
         guides.make({"data": "filtering_normal"}, model, x)
     with pytest.raises(TypeError, match=r"'size' is an argument of the model: pass model_kwargs"):
         guides.make("filtering_normal", model, x, size=8)
+
+
+def gaps(x: torch.Tensor, seen: torch.Tensor, on: torch.Tensor | None = None) -> None:
+    """Two features, missing one by one at steps that the row has; rows may lack steps as well."""
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x))
+        for t in range(x.shape[1]):
+            with poutine.mask(mask=True if on is None else on[:, t]):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                for j in range(x.shape[2]):
+                    with poutine.mask(mask=seen[:, t, j]):
+                        pyro.sample(f"x_{t}_{j}", dist.Normal(z, 1.0), obs=x[:, t, j])
+
+
+def read_by(guide: Any, *args: torch.Tensor) -> torch.Tensor:
+    """What the networks of a guide read in a call."""
+    seen: list[torch.Tensor] = []
+    handle = guide.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    guide._call(args, {}, guide._layout(args, {}, None))
+    handle.remove()
+    return seen[-1]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", ["filtering_normal", "iterative_filtering_normal"])
+def test_missing_data_are_told_from_zeros(name: str, ragged: bool) -> None:
+    """Statistics are those of the data that are there; what is missing is zero, and flagged."""
+    x = torch.tensor([100.0, -30.0]) + torch.tensor([1.0, 5.0]) * torch.randn(40, 6, 2)
+    seen = torch.rand(40, 6, 2) < 0.5
+    on = torch.arange(6) < torch.randint(1, 7, (40, 1))
+    extra = (on,) if ragged else ()
+    there = seen & on[..., None] if ragged else seen
+    guide = guides.make(name, gaps, x, seen, *extra, **small(name))
+    for j in range(2):
+        torch.testing.assert_close(guide.shift[j], x[..., j][there[..., j]].mean())
+        spread = x[..., j][there[..., j]].std(correction=0)
+        torch.testing.assert_close(guide.scale[j], spread)
+    expected = torch.where(there, (x - guide.shift) / guide.scale, 0.0)
+    found = read_by(guide, x, seen, *extra)
+    torch.testing.assert_close(found, torch.cat([expected, there.to(x)], -1))
+    moved = torch.where(there, x, 7.0)
+    assert torch.equal(read_by(guide, moved, seen, *extra), found)
+    svi = SVI(gaps, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert all(torch.isfinite(torch.tensor(svi.step(x, seen, *extra))) for _ in range(2))
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_mask_of_steps_is_no_mask_of_data() -> None:
+    """Ragged rows are read as ever; a mask that hides data needs a guide that knows of it."""
+    x, on = torch.randn(5, 4, 2), torch.arange(4) < torch.tensor([[1], [4], [3], [2], [4]])
+    whole = torch.ones_like(x, dtype=torch.bool)
+    ragged = on[..., None].expand_as(x)
+    guide = guides.make("filtering_normal", gaps, x, ragged, on, **SMALL)
+    assert not guide.missing
+    torch.testing.assert_close(guide.shift, x[on].mean(0))
+    zeros = torch.where(on[..., None], x, 0.0)
+    expected = (zeros - guide.shift) / guide.scale
+    assert torch.equal(read_by(guide, x, ragged, on), expected)
+    holes = ragged.clone()
+    holes[1, 2, 0] = False
+    with pytest.raises(ValueError, match=r"built from a call in which no data were.*missing=True"):
+        guide(x, holes, on)
+    told = guides.make("filtering_normal", gaps, x, ragged, on, missing=True, **SMALL)
+    assert read_by(told, x, holes, on).shape == (5, 4, 4)
+    assert guides.make("filtering_normal", gaps, x, whole, **SMALL).missing  # of the data alone
+
+
+def test_a_guide_of_missing_data_is_saved_and_captured(tmp_path) -> None:
+    x = torch.randn(5, 4, 2)
+    seen = torch.rand(5, 4, 2) < 0.5
+    guide = guides.make("smoothing_normal", gaps, x, seen, **SMALL)
+    guides.save(guide, tmp_path / "guide.safetensors")
+    fresh = guides.load(tmp_path / "guide.safetensors", gaps)
+    for site, value in guide.locations(x, seen).items():
+        assert torch.equal(fresh.locations(x, seen)[site], value)
+    svi = CompiledSVI(gaps, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), mode="graph")
+    for _ in range(3):
+        svi.step(x, seen)
+    assert [kind.mode for kind in svi.compiled] == ["graph"], svi.compiled

@@ -89,6 +89,7 @@ class VariationalFilter(SequenceGuide):
         num_particles: Draws behind a gradient.
         network: Width of the two hidden layers of the update.
         observations: Whether the update sees x_t beside the gradient.
+        missing: See :class:`guides.sequences.guide.SequenceGuide`.
         model_kwargs: Keyword arguments of the example call.
         data_plate: See :func:`guides.layout.layout`.
         name: Prefix of the guide's parameters in Pyro's store; unique by default.
@@ -119,6 +120,7 @@ class VariationalFilter(SequenceGuide):
         num_particles: int = 1,
         network: int = 64,
         observations: bool = True,
+        missing: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         data_plate: str | None = "auto",
         name: str | None = None,
@@ -139,6 +141,7 @@ class VariationalFilter(SequenceGuide):
             markov=False,
             recurrent=1,
             hidden=1,
+            missing=missing,
             model_kwargs=model_kwargs,
             data_plate=data_plate,
             name=name,
@@ -153,7 +156,7 @@ class VariationalFilter(SequenceGuide):
         # What the parent reads parameters off is replaced by the update.
         del self.inner, self.skip, self.head
         size = len(self.init)
-        width = 2 * size + (self.step_features if observations else 0)
+        width = 2 * size + (self.network.size if observations else 0)
         self.update = nn.Sequential(
             nn.Linear(width, network), nn.SiLU(), nn.Linear(network, network), nn.SiLU()
         ).to(self.init)

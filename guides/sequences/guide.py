@@ -10,7 +10,7 @@ serves every step, so that sequences may be longer than any that was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from guides.encoders.source import unit
+from guides.capturing import is_capturing
 from guides.families.family import Family
 from guides.guide import ProgramGuide, start_of
 from guides.layout import Layout, layout
@@ -27,7 +27,8 @@ from guides.schemes.local import Local
 from guides.schemes.scheme import Call
 from guides.sequences.context import Context
 from guides.sequences.product import Product
-from guides.sequences.steps import Step, read_steps, step_rows
+from guides.sequences.statistics import statistics
+from guides.sequences.steps import Step, hides_data, present_entries, read_steps, step_rows
 from guides.sites import Group
 
 __all__ = ["SequenceCall", "SequenceGuide"]
@@ -62,7 +63,9 @@ class SequenceGuide(ProgramGuide):
     are multiplied (:mod:`guides.sequences.product`): without z_{t-1}, in
     ``mean_field_smoothing_normal``, the mean-field network from left and right (MF-LR).
 
-    Steps that a mask switches off count neither in q nor in the model.
+    Steps that a mask switches off count neither in q nor in the model. Where a mask takes data
+    from a step that the row has, the networks see zeros, after centering, and beside them which
+    data there are.
 
     References:
         | Structured inference networks for nonlinear state space models (Krishnan, Shalit &
@@ -82,6 +85,8 @@ class SequenceGuide(ProgramGuide):
         cell: ``"gru"``, ``"lstm"`` or ``"rnn"``.
         hidden: Width of the hidden layer of the ``"network"`` combiner.
         combiner: ``"network"``, ``"average"`` or ``"product"``.
+        missing: Whether data may be missing at steps that a row has. By default where they are in
+            the example call, or its data have a mask and its latents none.
         model_kwargs: Keyword arguments of the example call.
         data_plate: See :func:`guides.layout.layout`.
         name: Prefix of the guide's parameters in Pyro's store; unique by default.
@@ -104,6 +109,7 @@ class SequenceGuide(ProgramGuide):
     """
 
     amortized = True
+    missing = False
 
     shift: Tensor
     scale: Tensor
@@ -123,6 +129,7 @@ class SequenceGuide(ProgramGuide):
         cell: str = "gru",
         hidden: int = 64,
         combiner: str = "network",
+        missing: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         data_plate: str | None = "auto",
         name: str | None = None,
@@ -149,8 +156,14 @@ class SequenceGuide(ProgramGuide):
         self.jacobian = self.has_density
         init = self.family.init(start_of(first))
         self.register_buffer("init", init.clone())
-        self._standardize(steps, init)
-        self.network = Context(self.step_features, recurrent, past, future, cell, init)
+        # A mask of the data alone counts even where it hides nothing, here.
+        alone = any(step.present is not None and step.mask is None for step in steps)
+        self.missing = alone or hides_data(steps) if missing is None else missing
+        shift, scale = statistics(steps, init, self.missing)
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+        features = self.step_features * (2 if self.missing else 1)
+        self.network = Context(features, recurrent, past, future, cell, init)
         self._combine(init, recurrent, hidden)
         self.global_family: Family | None = None
         self.global_scheme: nn.Module | None = None
@@ -160,25 +173,6 @@ class SequenceGuide(ProgramGuide):
             self.global_scheme = Local(
                 self.global_family.init(start_of(above)), above, self._call(args, kwargs, read)
             )
-
-    def _standardize(self, steps: Sequence[Step], init: Tensor) -> None:
-        """Center of every feature, one scale for a site: rare features must not be blown up."""
-        inputs = torch.stack([step.inputs for step in steps], 1).to(init)  # (B, T, F)
-        on = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        for t, step in enumerate(steps):
-            if step.mask is not None:
-                on[:, t] = step.mask
-        seen = inputs[on]
-        shift = seen.mean(0) if len(seen) else torch.zeros_like(inputs[0, 0])
-        scales = []
-        widths = list(steps[0].widths)
-        for part, center in zip(
-            (seen - shift).split(widths, -1), shift.split(widths), strict=True
-        ):
-            variance = part.square().mean() if len(seen) else part.new_zeros(())
-            scales.append(unit(variance, center).expand(part.shape[-1]))
-        self.register_buffer("shift", shift)
-        self.register_buffer("scale", torch.cat(scales))
 
     def _combine(self, init: Tensor, recurrent: int, hidden: int) -> None:
         """The networks from summaries and the last draw to parameters."""
@@ -252,6 +246,16 @@ class SequenceGuide(ProgramGuide):
         if hasattr(self, "network"):
             inputs = torch.stack([step.inputs for step in steps], 1).to(self.init)
             inputs = (inputs - self.shift) / self.scale
+            if self.missing:
+                present = present_entries(steps)
+                inputs = torch.where(present, inputs, torch.zeros_like(inputs))
+                inputs = torch.cat([inputs, present.to(inputs)], -1)
+            elif not is_capturing() and hides_data(steps):
+                raise ValueError(
+                    "A mask takes data from steps that their rows have, but the guide was built "
+                    "from a call in which no data were missing. Build it with the mask, or with "
+                    "missing=True."
+                )
             # Taken apart at once: the gradient of one step alone would be as large as all T.
             # Objectives ask for a call outside of forward, where parameters would not be seen.
             with self._pyro_context:

@@ -9,6 +9,7 @@ features, so that one network serves them all. How many steps there are may chan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from guides.layout import Layout
 from guides.sites import Group, Observed
 from guides.supports import is_masked
 
-__all__ = ["Step", "read_steps", "step_rows"]
+__all__ = ["Step", "hides_data", "present_entries", "read_steps", "step_rows"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Step:
         mask: Rows that have this step ``(B,)``; None where all have.
         observed: Names of its observed sites.
         widths: Features of each of them.
+        present: Which of ``inputs`` count ``(B, F)``; None where no observed site has a mask.
     """
 
     sites: tuple[str, ...]
@@ -39,6 +41,7 @@ class Step:
     mask: Tensor | None
     observed: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
+    present: Tensor | None = None
 
 
 def read_steps(read: Layout) -> list[Step]:
@@ -93,7 +96,18 @@ def read_steps(read: Layout) -> list[Step]:
     sizes = [sum(read.sites[name].size for name in names) for names, _ in cut]
     steps = []
     for latents, observed in cut:
-        parts = [_features(read.observed[name]) for name in observed]
+        parts, seen_parts = zip(
+            *(_features(read.observed[name]) for name in observed), strict=True
+        )
+        present = None
+        if any(part is not None for part in seen_parts):
+            present = torch.cat(
+                [
+                    torch.ones_like(part, dtype=torch.bool) if own is None else own
+                    for part, own in zip(parts, seen_parts, strict=True)
+                ],
+                -1,
+            )
         masks = [site_mask for name in latents if (site_mask := _mask(read, name)) is not None]
         mask = None if not masks else torch.stack(masks).all(0)
         if _differ(mask, masks):
@@ -102,7 +116,8 @@ def read_steps(read: Layout) -> list[Step]:
                 "step of a row as a whole."
             )
         features = tuple(part.shape[-1] for part in parts)
-        steps.append(Step(tuple(latents), torch.cat(parts, -1), mask, tuple(observed), features))
+        inputs = torch.cat(parts, -1)
+        steps.append(Step(tuple(latents), inputs, mask, tuple(observed), features, present))
     widths = [step.inputs.shape[1] for step in steps]
     for what, numbers in (("latent coordinates", sizes), ("observed features", widths)):
         if len(set(numbers)) > 1:
@@ -151,12 +166,45 @@ def _differ(whole: Tensor | None, masks: list[Tensor]) -> bool:
     return any(not torch.equal(whole, own) for own in masks)
 
 
-def _features(site: Observed) -> Tensor:
+def present_entries(steps: Sequence[Step]) -> Tensor:
+    """Which observed values of which step count, ``(B, T, F)``; all where there is no mask.
+
+    Args:
+        steps: The steps of a call.
+    """
+    return torch.stack(
+        [
+            torch.ones_like(step.inputs, dtype=torch.bool)
+            if step.present is None
+            else step.present
+            for step in steps
+        ],
+        1,
+    )
+
+
+def hides_data(steps: Sequence[Step]) -> bool:
+    """Whether a mask takes observed values from steps that their rows have.
+
+    Args:
+        steps: The steps of a call.
+    """
+    masked = [step for step in steps if step.present is not None]
+    if not masked:
+        return False
+    hidden = ~present_entries(masked)  # (B, T, F)
+    on = [step.inputs.new_ones(len(step.inputs), dtype=torch.bool) for step in masked]
+    for t, step in enumerate(masked):
+        on[t] = on[t] if step.mask is None else step.mask
+    return bool((hidden & torch.stack(on, 1)[..., None]).any())
+
+
+def _features(site: Observed) -> tuple[Tensor, Tensor | None]:
     value = site.rows().to(torch.get_default_dtype()) if not _floats(site) else site.rows()
     if site.mask is None:
-        return value
+        return value, None
     mask = site.rows_first(site.mask.expand_as(site.value)).flatten(1)
-    return torch.where(mask, value, torch.zeros_like(value))
+    return torch.where(mask, value, torch.zeros_like(value)), mask
 
 
 def _floats(site: Observed) -> bool:
