@@ -374,6 +374,49 @@ def test_an_indefinite_hessian_names_the_site_and_the_way_on() -> None:
         laplace(improper, {"z": torch.zeros(1)}, (x,), hessian="gauss_newton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [2.0**-10, 2.0**-20])
+def test_a_laplace_posterior_does_not_know_the_units_of_the_latents(
+    apart: float, dtype: torch.dtype
+) -> None:
+    """Gaussians of correlation .6, a saddle and a flat direction, in units far apart."""
+    units = torch.tensor([1.0, apart], dtype=dtype)
+    prior = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=dtype)
+
+    def linear(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            covariance = prior * units * units[:, None]
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros_like(units), covariance))
+            pyro.sample("x", dist.Normal(z, units).to_event(1), obs=x)
+
+    x = torch.ones(2, 2, dtype=dtype) * units
+    found = laplace(linear, {"z": torch.zeros_like(x)}, (x,)).covariance("data")
+    exact = torch.linalg.inv(torch.linalg.inv(prior.double()) + torch.eye(2))
+    error = (found.double() / units / units[:, None] - exact).abs().max()
+    assert error < 30 * torch.finfo(dtype).eps
+
+    def saddle(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            wide = pyro.sample("wide", dist.Normal(torch.zeros_like(units[0]), 1.0))
+            narrow = pyro.sample("narrow", dist.Normal(torch.zeros_like(units[0]), units[1]))
+            pyro.sample("x", dist.Normal(wide**2, 0.5), obs=x)
+            pyro.sample("y", dist.Normal(narrow, units[1]), obs=x)
+
+    x = torch.tensor([0.1, 4.0], dtype=dtype)
+    with pytest.raises(IndefiniteHessianError, match=r"at site 'wide' in 1 of 2 rows"):
+        laplace(saddle, {"wide": torch.zeros_like(x), "narrow": torch.zeros_like(x)}, (x,))
+
+    def flat(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            narrow = pyro.sample("narrow", dist.Normal(torch.zeros_like(units[0]), units[1]))
+            real = dist.constraints.real
+            wide = pyro.sample("wide", dist.ImproperUniform(real, (len(x),), ()))
+            pyro.sample("x", dist.Normal(narrow + 0 * wide, units[1]), obs=x)
+
+    with pytest.raises(IndefiniteHessianError, match=r"at site 'wide' in 2 of 2 rows"):
+        laplace(flat, {"wide": torch.zeros_like(x), "narrow": torch.zeros_like(x)}, (x,))
+
+
 def test_the_diagonal_posterior_is_the_best_mean_field_one() -> None:
     """T23g: E* <= ELBO(mean field) <= ELBO(full) = log p(x), mean field in closed form."""
     oracle = ORACLES["fork_merge"]()

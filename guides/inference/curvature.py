@@ -20,7 +20,7 @@ from guides.energy import LogJoint
 from guides.gauss_newton import gauss_newton
 from guides.inference.units import EnergyFunction, energy_function
 
-__all__ = ["HESSIANS", "KinkError", "check_kinks", "hessian"]
+__all__ = ["HESSIANS", "KinkError", "check_kinks", "hessian", "own_units"]
 
 HESSIANS = ("exact", "gauss_newton", "diagonal")
 # Distances of second differences, in units of the standard deviation that the curvature implies. A
@@ -99,6 +99,22 @@ def hessian(
             for name, block in blocks.items()
         }
     return blocks
+
+
+def own_units(matrices: Tensor) -> Tensor:
+    """Square roots of every coordinate's own curvature: Hessians over them have no units.
+
+    Args:
+        matrices: Hessians ``(..., K, K)``.
+
+    Returns:
+        The roots ``(..., K)``, positive.
+    """
+    info = torch.finfo(matrices.dtype)
+    own = matrices.diagonal(dim1=-2, dim2=-1).abs()
+    most = matrices.abs().amax(-1).clamp_min(info.tiny)
+    # Curvatures of either sign may cancel on the diagonal, which says nothing there.
+    return torch.where(own > info.eps * most, own, most).sqrt()
 
 
 def _columns(

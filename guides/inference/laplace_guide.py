@@ -24,7 +24,7 @@ from torch import Tensor
 
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
-from guides.inference.curvature import check_kinks
+from guides.inference.curvature import check_kinks, own_units
 from guides.inference.curvature import hessian as hessian_blocks
 from guides.probe import Program
 from guides.recipe import Recipe
@@ -238,7 +238,9 @@ def check_definite(matrices: Tensor, group: Group, kind: str) -> None:
             "joint density has no mode: write them as loc + scale * e in the model, or fit a "
             "family with a density (normal, multivariate_normal)."
         )
-    values, vectors = torch.linalg.eigh(matrices)
+    # Signs are those of the matrices themselves; sizes do not depend on how latents are scaled.
+    unit = own_units(matrices).unsqueeze(-1)
+    values, vectors = torch.linalg.eigh(matrices / unit / unit.mT)
     smallest = values[:, 0]
     # At the level of rounding a direction has no curvature, and its variance means nothing.
     floor = 10 * torch.finfo(values.dtype).eps * values[:, -1].abs()
@@ -257,8 +259,8 @@ def check_definite(matrices: Tensor, group: Group, kind: str) -> None:
     )
     raise IndefiniteHessianError(
         f"The Hessian of the energy is not positive definite at site {name!r}{where} (smallest "
-        f"eigenvalue {float(smallest[row]):.3g}): these latents are not at a mode with curvature, "
-        f"so there is no Laplace posterior. {way} Where a "
+        f"eigenvalue {float(smallest[row]):.3g}, in units of its diagonal): these latents are not "
+        f"at a mode with curvature, so there is no Laplace posterior. {way} Where a "
         "learned scale lies above its own latents the joint density has no mode at all: write "
         "them as loc + scale * e in the model, or fit a family with a density (normal, "
         "multivariate_normal)."

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from guides.energy import LogJoint
 from guides.inference.arrow import Arrow, Cholesky
-from guides.inference.curvature import hessian
+from guides.inference.curvature import hessian, own_units
 from guides.inference.units import energy_function
 
 __all__ = ["newton", "newton_direction"]
@@ -125,10 +125,7 @@ class _Positive(Cholesky):
 def _absolute(matrix: Tensor) -> Tensor:
     """Cholesky factors ``(..., K, K)`` of matrices whose eigenvalues lost their sign."""
     info = torch.finfo(matrix.dtype)
-    own = matrix.diagonal(dim1=-2, dim2=-1).abs()
-    most = matrix.abs().amax(-1).clamp_min(info.tiny)
-    # Curvatures of either sign may cancel on the diagonal, which says nothing there.
-    unit = torch.where(own > info.eps * most, own, most).sqrt().unsqueeze(-1)
+    unit = own_units(matrix).unsqueeze(-1)
     values, vectors = torch.linalg.eigh(matrix / unit / unit.mT)
     largest = values.abs().amax(-1, keepdim=True).clamp_min(info.tiny)
     values = torch.maximum(values.abs(), max(1e-6, 100 * info.eps) * largest)
