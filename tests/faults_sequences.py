@@ -47,8 +47,8 @@ FAULTS = [
     Fault(
         "the steady state is that of the process noise",
         "guides/inference/temporal_riccati.py",
-        "moved = slope @ belief @ slope.mT + noise",
-        "moved = noise + 0 * belief",
+        "moved = predicted + slope @ belief @ slope.mT",
+        "moved = predicted + 0 * belief",
         TEMPORAL + "test_steady_precision_is_the_steady_kalman_filter",
     ),
     Fault(

@@ -93,6 +93,78 @@ def test_steady_precision_is_the_steady_kalman_filter() -> None:
     assert (found.predicted_covariance - 1 - GOLDEN).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [2.0**-10, 1.0, 2.0**13])
+def test_the_steady_state_does_not_know_the_units_of_the_states(
+    apart: float, dtype: torch.dtype
+) -> None:
+    """Place and speed: the oracle is the recursion in one unit and in double precision."""
+    units = torch.tensor([1.0, apart], dtype=dtype)
+    slope = torch.tensor([[1.0, 0.5], [0.0, 0.75]], dtype=dtype)
+    noise = torch.tensor([0.125, 0.5], dtype=dtype)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x), 2, dtype=dtype)
+            for t in range(x.shape[1]):
+                loc = ((z / units) @ slope.mT) * units
+                z = pyro.sample(f"z_{t}", dist.Normal(loc, noise * units).to_event(1))
+                pyro.sample(f"x_{t}", dist.Normal(z, 2 * units).to_event(1), obs=x[:, t])
+
+    plain, eye = slope.double(), torch.eye(2).double()
+    predicted = spread = noise.double().square().diag()
+    for _ in range(2000):
+        belief = torch.linalg.inv(torch.linalg.inv(predicted) + 0.25 * eye)
+        predicted = plain @ belief @ plain.mT + spread
+    exact = torch.linalg.inv(torch.linalg.inv(predicted) + 0.25 * eye)
+    found = temporal(model, "steady").filter(torch.zeros(1, 3, 2, dtype=dtype))
+    error = (found.covariance[0, -1].double() / units / units[:, None] - exact).abs().max()
+    assert error < 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slow", [1e-2, 1e-5])
+def test_the_steady_state_of_walks_of_far_different_noise(slow: float, dtype: torch.dtype) -> None:
+    """Predicted p = (q + (q^2 + 4 q r)^.5) / 2, belief p r / (p + r); a gain near ``slow``."""
+    noise = torch.tensor([1.0, 0.1 * slow], dtype=dtype)
+    seen = torch.tensor([1.0, 0.1], dtype=dtype)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x), 2, dtype=dtype)
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, noise).to_event(1))
+                pyro.sample(f"x_{t}", dist.Normal(z, seen).to_event(1), obs=x[:, t])
+
+    found = temporal(model, "steady").filter(torch.zeros(1, 3, 2, dtype=dtype)).covariance[0, -1]
+    q, r = noise.double().square(), seen.double().square()
+    p = (q + (q.square() + 4 * q * r).sqrt()) / 2
+    exact = p * r / (p + r)
+    # Rounding in double precision is summed over 1 / slow steps.
+    slack = 100 * torch.finfo(dtype).eps + 10 * torch.finfo(torch.float64).eps / slow
+    assert ((found.diagonal().double() - exact) / exact).abs().max() < slack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("what", ["noise", "curvature of the data"])
+def test_steady_refuses_small_numbers_that_change(what: str, dtype: torch.dtype) -> None:
+    """Beside a wide state, a narrow one whose noise, or that of its data, grows threefold."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x), 2, dtype=dtype)
+            for t in range(x.shape[1]):
+                grown = {"noise": (3.0, 1.0), "curvature of the data": (1.0, 3.0)}[what]
+                own, other = grown if t > 1 else (1.0, 1.0)
+                scale = torch.tensor([1.0, 3e-3 * own], dtype=dtype)
+                seen = torch.tensor([3e-3, other], dtype=dtype)
+                z = pyro.sample(f"z_{t}", dist.Normal(z, scale).to_event(1))
+                pyro.sample(f"x_{t}", dist.Normal(z, seen).to_event(1), obs=x[:, t])
+
+    with pytest.raises(ValueError, match=f"its {what} changes between"):
+        temporal(model, "steady").infer(torch.zeros(1, 4, 2, dtype=dtype))
+
+
 @pytest.mark.usefixtures("float64")
 def test_fixed_precision_is_a_kalman_update_with_the_process_noise() -> None:
     model, x = made()

@@ -2,8 +2,14 @@
 
     S <- A (S^-1 + H)^-1 A' + Q                 Q = G G', H: curvature of the data in the state
 
-The limit exists where the program is linear, is the same at every step and for every row, and
-what is unstable in it is observed; everything else is refused.
+The recursion doubles the number of its steps at every turn. With W = (I + Q H)^-1 two steps of
+A, Q and H are one step of
+
+    A W A               Q + A W Q A'            H + A' H W A
+
+so that Q goes to the limit of S, however slow the filter is. The limit exists where the program is
+linear, is the same at every step and for every row, and what is unstable in it is observed;
+everything else is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +23,8 @@ from guides.inference.temporal_step import Carried, Sequential, linearize, predi
 
 __all__ = ["stationary"]
 
-_MOST = 100_000
+# Turns, of which each doubles the number of steps.
+_MOST = 60
 
 
 def stationary(call: Sequential) -> Tensor:
@@ -30,23 +37,38 @@ def stationary(call: Sequential) -> Tensor:
         ValueError: Where the program has no steady state.
     """
     with torch.no_grad():
-        slope, noise, information = _system(call)
-        predicted = noise
-        eye = torch.eye(len(noise), dtype=noise.dtype, device=noise.device)
+        system = _system(call)
+        # In double precision, which takes sums of small noise over many steps.
+        slope, predicted, seen = (matrix.double() for matrix in system)
+        information = seen
+        eye = torch.eye(len(slope), dtype=slope.dtype, device=slope.device)
+        units = torch.ones_like(slope[0])
         for _ in range(_MOST):
-            # (S^-1 + H)^-1 without inverses of S, which may be singular at the start.
-            belief = torch.linalg.solve(eye + predicted @ information, predicted)
-            belief = 0.5 * (belief + belief.mT)
-            moved = slope @ belief @ slope.mT + noise
+            # In units of what is predicted, so that no state is lost beside a wider one.
+            wide = predicted.diagonal()
+            wide = torch.where(wide > 0, wide, torch.ones_like(wide)).sqrt()
+            units = units * wide
+            slope = slope / wide.unsqueeze(-1) * wide
+            predicted = predicted / wide.unsqueeze(-1) / wide
+            information = information * wide.unsqueeze(-1) * wide
+            # No inverse of what is predicted, which may be singular.
+            both = torch.cat([slope, predicted], -1)
+            forward, belief = torch.linalg.solve(eye + predicted @ information, both).chunk(2, -1)
+            moved = predicted + slope @ belief @ slope.mT
             change = (moved - predicted).abs().max()
-            predicted = moved
             if not bool(torch.isfinite(moved).all()):
                 break
-            if bool(change <= 4 * torch.finfo(moved.dtype).eps * moved.abs().max()):
-                return torch.linalg.solve(eye + predicted @ information, predicted)
+            information = information + slope.mT @ information @ forward
+            information = 0.5 * (information + information.mT)
+            slope = slope @ forward
+            predicted = 0.5 * (moved + moved.mT)
+            if bool(change <= 4 * torch.finfo(moved.dtype).eps):
+                seen = seen * units.unsqueeze(-1) * units
+                belief = torch.linalg.solve(eye + predicted @ seen, predicted)
+                return (belief * units.unsqueeze(-1) * units).to(system[0].dtype)
     raise ValueError(
-        f"The Riccati recursion did not settle in {_MOST} steps: states that are unstable and "
-        'unobserved have no steady state. Pass precision="riccati".'
+        "The Riccati recursion did not settle: states that are unstable and unobserved have no "
+        'steady state. Pass precision="riccati".'
     )
 
 
@@ -78,7 +100,7 @@ def _system(call: Sequential) -> tuple[Tensor, Tensor, Tensor]:
             ):
                 for row in value[rows]:
                     known = found.setdefault(what, row)
-                    slack = 1e3 * torch.finfo(row.dtype).eps * (1 + known.abs().max())
+                    slack = 1e3 * torch.finfo(row.dtype).eps * _sizes(what, known)
                     if not bool(((row - known).abs() <= slack).all()):
                         raise ValueError(
                             f'precision="steady" needs a program that is linear, and the same at '
@@ -91,3 +113,11 @@ def _system(call: Sequential) -> tuple[Tensor, Tensor, Tensor]:
             'has in this call. Pass precision="riccati".'
         )
     return found["transition"], found["noise"], found["curvature of the data"]
+
+
+def _sizes(what: str, matrix: Tensor) -> Tensor:
+    """What rounding of a matrix is relative to."""
+    if what == "transition":
+        return matrix.abs().max()
+    own = matrix.diagonal().clamp_min(0).sqrt()
+    return own.unsqueeze(-1) * own
