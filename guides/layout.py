@@ -81,6 +81,19 @@ class Layout:
         """Row numbers of the subsampled plates, by plate."""
         return {p.name: p.index for p in self.plates.values() if p.index is not None}
 
+    def fresh_indices(self) -> dict[str, Tensor]:
+        """Rows drawn anew for a data plate that the program subsamples at random, else nothing.
+
+        Reading a layout restores the random state: its own rows are those of the next draw of
+        noise, and would be correlated with it. They are where the index of the plate is.
+        """
+        plate = self.data_plate
+        if plate is None or not plate.random or plate.index is None:
+            return {}
+        return {
+            plate.name: torch.randperm(plate.size, device=plate.index.device)[: plate.num_rows]
+        }
+
     def group(self, name: str) -> Group | None:
         """The group of that name, None where the model has no such latents."""
         return next((group for group in self.groups if group.name == name), None)

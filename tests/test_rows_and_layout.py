@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -25,6 +26,27 @@ def regression(
 
 
 COVARIATES, Y = torch.randn(7, 3), torch.randn(7)
+
+
+def test_fresh_rows_are_drawn_without_replacement_where_the_index_is() -> None:
+    def sampled(x: Tensor) -> None:
+        with pyro.plate("data", 6, subsample_size=2) as rows:
+            pyro.sample("z", dist.Normal(x[rows], 1.0))
+
+    read = layout(sampled, (torch.randn(6),))
+    drawn = torch.stack([read.fresh_indices()["data"] for _ in range(300)])
+    assert drawn.shape == (300, 2)
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    rate = drawn.flatten().bincount(minlength=6) / 300  # of 1/3 each
+    assert (rate - 1 / 3).abs().max() < 4 * (2 / 9 / 300) ** 0.5
+    assert read.data_plate is not None
+    far = replace(read.data_plate, index=torch.empty(2, dtype=torch.long, device="meta"))
+    assert replace(read, data_plate=far).fresh_indices()["data"].device.type == "meta"
+    for index in (None, torch.tensor([4, 1])):
+        size = None if index is None else 9
+        rows = slice(None if index is None else 2)
+        args = (COVARIATES[rows], Y[rows], size, index)
+        assert layout(regression, args).fresh_indices() == {}
 
 
 def test_the_data_plate_is_found_and_groups_are_ordered() -> None:

@@ -297,14 +297,8 @@ class DivideAndConquer(Runs):
         read = layout(self.model, args, kwargs, data_plate=self.data_plate, check=first)
         if not read.groups:
             raise ValueError("The model has no latent sites, so there is nothing to infer.")
-        plate = read.data_plate
-        if plate is not None and plate.random:
-            # Reading the layout leaves the random state alone, so the loop draws the rows itself.
-            device = None if plate.index is None else plate.index.device
-            rows = torch.randperm(plate.size, device=device)[: plate.num_rows]
-            read = layout(
-                self.model, args, kwargs, data_plate=self.data_plate, indices={plate.name: rows}
-            )
+        if fresh := read.fresh_indices():
+            read = layout(self.model, args, kwargs, data_plate=self.data_plate, indices=fresh)
         density = ParticleDensity(LogJoint(self.model, args, kwargs, layout=read))
         if density.joint and read.scale != 1.0:
             shared = [name for name, site in read.sites.items() if site.row_dim is None]

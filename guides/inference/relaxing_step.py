@@ -116,12 +116,8 @@ class RelaxingStep(CapturedStep):
         read = layout(self.model, args, kwargs, data_plate=self.data_plate, check=first)
         if not read.groups:
             raise ValueError("The model has no latent sites, so there is nothing to relax.")
-        plate = read.data_plate
-        if plate is not None and plate.random and plate.index is not None:
-            # Reading the layout leaves the random state alone, so the loop draws the rows itself.
-            rows = torch.randperm(plate.size, device=plate.index.device)[: plate.num_rows]
-            indices = {plate.name: rows}
-            read = layout(self.model, args, kwargs, data_plate=self.data_plate, indices=indices)
+        if fresh := read.fresh_indices():
+            read = layout(self.model, args, kwargs, data_plate=self.data_plate, indices=fresh)
         log_joint = LogJoint(self.model, args, kwargs, layout=read)
         if first:
             self._check(log_joint, args, kwargs)

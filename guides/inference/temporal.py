@@ -320,12 +320,8 @@ class TemporalPredictiveCoding(Runs):
     def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequential:
         first = not self._checked
         read = layout(self.model, args, kwargs, data_plate=self.data_plate, check=first)
-        plate = read.data_plate
-        if plate is not None and plate.random:
-            assert plate.index is not None
-            rows = torch.randperm(plate.size, device=plate.index.device)[: plate.num_rows]
-            indices = {plate.name: rows}
-            read = layout(self.model, args, kwargs, data_plate=self.data_plate, indices=indices)
+        if fresh := read.fresh_indices():
+            read = layout(self.model, args, kwargs, data_plate=self.data_plate, indices=fresh)
         above = read.group("global")
         if above is not None:
             raise NotImplementedError(

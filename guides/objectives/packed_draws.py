@@ -196,16 +196,9 @@ def _seen(value: Tensor, count: int) -> Tensor:
 def random_rows(
     read: Layout, guide: ProgramGuide, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Layout:
-    """The layout at freshly drawn rows, where the program subsamples at random.
-
-    The layout is read with the random state restored: its own rows are those of the next draw
-    of noise, and would be correlated with it.
-    """
-    plate = read.data_plate
-    if plate is None or not plate.random:
-        return read
-    rows = torch.randperm(plate.size)[: plate.num_rows]
-    return guide._layout(args, kwargs, {plate.name: rows})
+    """The layout at freshly drawn rows, where the program subsamples at random."""
+    fresh = read.fresh_indices()
+    return guide._layout(args, kwargs, fresh) if fresh else read
 
 
 def joint_of(

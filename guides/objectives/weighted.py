@@ -108,10 +108,8 @@ class Weighted(Objective):
         kwargs: Mapping[str, Any],
     ) -> Ratios:
         read = layout(model, args, kwargs)
-        plate = read.data_plate
-        if plate is not None and plate.random:
-            rows = torch.randperm(plate.size)[: plate.num_rows]
-            read = layout(model, args, kwargs, indices={plate.name: rows})
+        if fresh := read.fresh_indices():
+            read = layout(model, args, kwargs, indices=fresh)
         rowwise = any(site.row_dim is not None for site in read.sites.values())
         has_global = any(site.row_dim is None for site in read.sites.values())
         log_q, log_q_above, drawn = [], [], []
