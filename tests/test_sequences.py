@@ -686,3 +686,47 @@ def test_a_guide_of_missing_data_is_saved_and_captured(tmp_path) -> None:
     for _ in range(3):
         svi.step(x, seen)
     assert [kind.mode for kind in svi.compiled] == ["graph"], svi.compiled
+
+
+def seen_twice(x: torch.Tensor, how: str) -> None:
+    """A walk whose steps are seen twice, the second time as data or by a factor."""
+    with pyro.plate("data", len(x)):
+        z, held = torch.zeros(len(x)), []
+        for t in range(x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.9 * z, 1.0))
+            held.append(z)
+            if how == "late":
+                continue
+            pyro.sample(f"x_{t}", dist.Normal(z, 0.5), obs=x[:, t])
+            if how == "data":
+                pyro.sample(f"y_{t}", dist.Normal(z, 0.3), obs=torch.ones(len(x)))
+            elif how == "factor":
+                pyro.factor(f"y_{t}", dist.Normal(z, 0.3).log_prob(torch.ones(len(x))))
+        for t, z in enumerate(held if how == "late" else ()):
+            pyro.sample(f"x_{t}", dist.Normal(z, 0.5), obs=x[:, t])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("one", "other"), [("data", "factor"), ("once", "late")])
+def test_a_filter_follows_factors_and_data_after_all_latents(one: str, other: str) -> None:
+    """Programs of one joint density have one filter, however they write it down."""
+    x = torch.randn(4, 3)
+    found = []
+    for how in (one, other):
+        guide = guides.make(
+            "iterative_filtering_normal",
+            *(seen_twice, x, how),
+            **{"network": 4, "num_iterations": 2, "observations": False, "name": "filter"},
+        )
+        with torch.no_grad():
+            for parameter in guide.parameters():  # as many for one observation a step as for two
+                parameter.copy_(0.1 * torch.arange(parameter.numel()).cos().view_as(parameter))
+            pyro.set_rng_seed(1)
+            found.append(guide(x, how))
+    for site, value in found[0].items():
+        torch.testing.assert_close(value, found[1][site])
+    if other == "factor":
+        pyro.set_rng_seed(1)
+        with torch.no_grad():
+            without = guide(x, "once")["z_2"]
+        assert (without - found[0]["z_2"]).abs().max() > 0.01

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
-import pyro.poutine as poutine
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from guides.energy import SiteTerms
+from guides.energy import LogJoint, SiteTerms
 from guides.families.family import Family, inverse_positive
 from guides.layout import Layout
 from guides.location_scale import is_location_scale, location
 from guides.probe import Program
 from guides.sequences.guide import SequenceCall, SequenceGuide
+from guides.sequences.window import Window, center, step_terms
 from guides.sites import Group
 from guides.supports import unwrap
 
@@ -27,34 +29,13 @@ _LIMIT = 3.0
 """Standard deviations of q that a natural step, or a move, may take a coordinate."""
 
 
-class _Reached(Exception):
-    """The program has sampled all that was asked for: no error, but the end of a prefix."""
-
-
-class _Prefix(SiteTerms):
-    """Runs a program as far as the given sites, and no further."""
-
-    def __init__(self, layout: Layout, values: Mapping[str, Tensor], until: set[str]) -> None:
-        super().__init__(layout, values, complete=False)
-        self.left = set(until)
-        self.wanted = frozenset(until)
+class _Centered(SiteTerms):
+    """Gives every latent the center of its prior: what the program predicts of a step."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        # The priors of the step are known before its latents have values.
-        if msg["name"] in self.wanted and msg["name"] not in self.given:
-            if not msg["is_observed"]:
-                self.fns[msg["name"]] = msg["fn"]
-                self.left.discard(msg["name"])
-                if not self.left:
-                    raise _Reached
         super()._pyro_sample(msg)
-
-    def record(self, site: Mapping[str, Any]) -> None:
-        if site["name"] in self.wanted:
-            super().record(site)
-        self.left.discard(site["name"])
-        if not self.left:
-            raise _Reached
+        if not site_is_subsample(msg):
+            msg["value"] = center(msg["fn"])
 
 
 class VariationalFilter(SequenceGuide):
@@ -72,6 +53,9 @@ class VariationalFilter(SequenceGuide):
     The inverse hyperbolic sine keeps signs and orders of magnitude apart, row by row, which layer
     normalization over the few coordinates of a small state does not. The network learns from all
     iterations, each weighted equally; the program learns from the last one.
+
+    Factors count at the step whose sites come before them. In programs that sample all latents
+    before all data, later latents stand at the centers of their priors while a step is corrected.
 
     The program is run again up to each step, so that a sequence of T steps costs T (T + 1) / 2
     evaluations of a step for every iteration: the price of knowing nothing of the program but that
@@ -96,6 +80,7 @@ class VariationalFilter(SequenceGuide):
 
     Raises:
         ValueError: Where the program has no steps that look alike, or an option fits none.
+        NotImplementedError: For a factor that belongs to no step.
 
     Example:
         >>> import pyro.distributions as dist
@@ -190,6 +175,13 @@ class VariationalFilter(SequenceGuide):
             pyro.factor(f"_{self._pyro_name}_iterations", total - total.detach(), has_rsample=True)
         return values
 
+    def _call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], read: Layout
+    ) -> SequenceCall:
+        call = super()._call(args, kwargs, read)
+        terms = step_terms(self.model, args, kwargs, read, call.steps)
+        return replace(call, terms=tuple(terms))
+
     def step_parameters(self, position: int, call: SequenceCall) -> Tensor:
         """Parameters of q of a step after all iterations, ``(*S, B, P)``."""
         group = self._group(position, call)
@@ -237,26 +229,16 @@ class VariationalFilter(SequenceGuide):
                 values[site] = call.layout.sites[site].constrain(value)[0]
         return values
 
-    def _run(self, values: Mapping[str, Tensor], until: set[str], call: SequenceCall) -> _Prefix:
-        prefix = _Prefix(call.layout, values, until)
-        with pyro.validation_enabled(False), poutine.block(), prefix:
-            try:
-                self.model(*call.args, **call.kwargs)
-            except _Reached:
-                pass
-        return prefix
-
     def _predicted(self, group: Group, known: Mapping[str, Tensor], call: SequenceCall) -> Tensor:
         """The family as near as it comes to what the program predicts, ``(*S, B, P)``."""
         with torch.no_grad():
-            fns: dict[str, Any] = {}
-            values = dict(known)
-            for site in group.sites:
-                # Sites of one step follow each other: each is predicted at the center of those
-                # before it.
-                fn = self._run(values, {site.name}, call).fns[site.name]
-                fns[site.name] = fn
-                values[site.name] = _center(fn, site.shape)
+            # Sites of one step follow each other: each is predicted at the center of those before
+            # it.
+            names = [site.name for site in group.sites]
+            window = LogJoint(
+                Window(self.model, known, names), call.args, call.kwargs, layout=call.layout
+            )
+            fns = window.run(terms=_Centered, density=False, complete=False).fns
             locs, scales = [], []
             for site in group.sites:
                 fn = fns[site.name]
@@ -267,7 +249,7 @@ class VariationalFilter(SequenceGuide):
                     spread = base.stddev if hasattr(base, "scale_tril") else base.scale
                     loc, scale = location(fn).expand(whole), spread.expand(whole)
                 else:
-                    loc = site.unconstrain(_center(fn, whole))
+                    loc = site.unconstrain(center(fn))
                     scale = torch.ones_like(loc)
                 locs.append(_flat(loc, site, left))
                 scales.append(_flat(scale, site, left))
@@ -285,7 +267,12 @@ class VariationalFilter(SequenceGuide):
         plate = group.plate
         assert plate is not None
         position = int(group.name.removeprefix("step_")) - 1
-        until = {site.name for site in group.sites} | set(call.steps[position].observed)
+        names = [site.name for site in group.sites]
+        window = LogJoint(
+            Window(self.model, known, names, call.terms[position]),
+            *(call.args, call.kwargs),
+            layout=call.layout,
+        )
         mask = call.steps[position].mask
         noise = [self.family.noise(lam.shape[:-1], lam) for _ in range(self.num_particles)]
 
@@ -293,13 +280,13 @@ class VariationalFilter(SequenceGuide):
             total = torch.zeros((), dtype=lam.dtype, device=lam.device)
             for draw in noise:
                 u, log_q = self.family.push(lam, draw)
-                values, log_dets = dict(known), torch.zeros_like(log_q)
+                values, log_dets = {}, torch.zeros_like(log_q)
                 for name, value in group.unpack(group.batch(u)).items():
                     site = call.layout.sites[name]
                     values[name], log_det = site.constrain(value)
                     if log_det is not None:
                         log_dets = log_dets + _rows_of(log_det, site.row_dim)
-                terms = self._run(values, until, call).terms.values()
+                terms = window.sites(values).values()
                 bound = log_dets - log_q
                 if mask is not None:
                     bound = torch.where(mask, bound, torch.zeros_like(bound))
@@ -317,13 +304,6 @@ class VariationalFilter(SequenceGuide):
             f"step, {self.num_iterations} iterations of {self.num_particles} draws, "
             "amortized: yes)"
         )
-
-
-def _center(fn: Any, shape: torch.Size) -> Tensor:
-    if is_location_scale(fn):
-        return location(fn)
-    mean: Tensor = fn.mean
-    return mean
 
 
 def _flat(value: Tensor, site: Any, left: torch.Size) -> Tensor:

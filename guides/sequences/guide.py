@@ -41,10 +41,12 @@ class SequenceCall(Call):
     Args:
         steps: Its steps.
         context: Summaries of the observations, ``(B, H)`` for every step.
+        terms: What counts at each step beside its latents, for guides that run the program.
     """
 
     steps: tuple[Step, ...] = ()
     context: tuple[Tensor, ...] = field(default=(), repr=False)
+    terms: tuple[tuple[str, ...], ...] = ()
 
 
 class SequenceGuide(ProgramGuide):

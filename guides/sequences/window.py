@@ -25,7 +25,7 @@ from guides.location_scale import is_location_scale, location
 from guides.probe import Program, probe
 from guides.sequences.steps import Step
 
-__all__ = ["Structure", "Window", "check_windows", "step_terms", "structure"]
+__all__ = ["Structure", "Window", "center", "check_windows", "step_terms", "structure"]
 
 Structure = tuple[tuple[tuple[str, ...], bool], ...]
 """Latents of the steps, and whether any row lacks one."""
@@ -101,7 +101,7 @@ class _Handler(Messenger):
         if not msg["is_observed"]:
             # Latents of later steps, where all come before all data, reach no site of this one.
             known = self.window.known.get(name)
-            msg["value"] = _center(msg["fn"]) if known is None else known
+            msg["value"] = center(msg["fn"]) if known is None else known
         msg["stop"] = True
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -110,7 +110,12 @@ class _Handler(Messenger):
             raise _Reached
 
 
-def _center(fn: Any) -> Tensor:
+def center(fn: Any) -> Tensor:
+    """The location of a distribution that has one, else its mean.
+
+    Args:
+        fn: The distribution.
+    """
     if is_location_scale(fn):
         return location(fn)
     mean: Tensor = fn.mean
