@@ -12,7 +12,7 @@ FAULTS = [
     Fault(
         "a belief is carried without the transition",
         "guides/inference/temporal.py",
-        "total = total + slope @ covariance.detach() @ slope.mT",
+        "total = total + slope @ covariance.detach().to(slope) @ slope.mT",
         "total = total + covariance.detach()",
         TEMPORAL + "test_carried_precision_is_the_kalman_filter",
     ),
