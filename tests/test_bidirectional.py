@@ -375,3 +375,42 @@ def test_bad_use_is_refused_with_the_fix() -> None:
 
     with pytest.raises(ValueError, match=r"'x' is latent in this call.*Observe the argument"):
         build(changed, optim, recognition).given(release=["x"]).infer(Y, X)
+
+
+def test_a_guide_hears_data_that_were_changed_in_place() -> None:
+    """The program observes twice its argument: what was read of the last call is not the data."""
+
+    def twice(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ DOWN["z"].T, 0.8).to_event(1), obs=2 * x)
+
+    guide = guides.make("amortized_delta", twice, X)
+    for parameter in guide.parameters():
+        parameter.data += 0.3 * fixed(*parameter.shape, seed=12)
+    pc = BidirectionalPredictiveCoding(twice, pyro.optim.SGD({}), guide, num_steps=30)
+    x = X.clone()
+    pc.infer(x)
+    x.mul_(3.0)
+    torch.testing.assert_close(pc.infer(x)["z"], pc.infer(3.0 * X)["z"])
+
+
+def test_steps_that_a_row_lacks_have_no_residuals() -> None:
+    """A guide of sequences as recognition: padding counts neither in the model nor in it."""
+
+    def walk(x: Tensor, lengths: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = torch.zeros(len(x))
+            for t in range(x.shape[1]):
+                with pyro.poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                    pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    x, lengths = fixed(4, 5, seed=13), torch.tensor([3, 3, 3, 3])
+    guide = guides.make("mean_field_delta", walk, x, lengths, hidden=4, recurrent=4)
+    for parameter in guide.parameters():
+        parameter.data += 0.3 * fixed(*parameter.shape, seed=14)
+    pc = BidirectionalPredictiveCoding(walk, pyro.optim.SGD({}), guide, num_steps=200)
+    padded = pc.evaluate_loss(x, lengths)
+    assert padded == pytest.approx(pc.evaluate_loss(x[:, :3], lengths), rel=1e-5)
+    assert padded > pc.evaluate_loss(x[:, :2], lengths.clamp(max=2))

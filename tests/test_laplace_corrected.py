@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from guides.inference import LaplaceCorrected, PredictiveCoding
+from guides.inference.arrow import Arrow
 from guides.inference.curvature import KinkError
 from guides.inference.laplace_guide import IndefiniteHessianError
 from tests.pc_oracles import chain
@@ -252,3 +253,27 @@ def test_bad_use_is_refused() -> None:
     way_on = LaplaceCorrected(saddle, optim, hessian="gauss_newton", newton_steps=1, num_steps=0)
     expected = -dist.Normal(torch.zeros(()), 0.1).log_prob(X).sum()
     assert way_on.evaluate_loss(X.abs()) == pytest.approx(float(expected))
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_arrow_solves_as_the_dense_matrix_of_all_rows() -> None:
+    """A minibatch of three rows that stands for six: every row twice in the dense matrix."""
+    noise = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    local = torch.stack(
+        [2.0 * torch.eye(2) + part @ part.mT for part in noise[:3, :4].view(3, 2, 2)]
+    )
+    cross = noise[2:5, :4].reshape(3, 2, 2)
+    above = 40.0 * torch.eye(2) + noise[:2, :2] @ noise[:2, :2].mT
+    right = {"data": noise[:3, 3:], "global": noise[4, :2]}
+    dense = torch.zeros(14, 14)
+    dense[12:, 12:] = above
+    for place, row in enumerate((0, 0, 1, 1, 2, 2)):
+        at = slice(2 * place, 2 * place + 2)
+        dense[at, at], dense[at, 12:], dense[12:, at] = local[row], cross[row], cross[row].mT
+    repeated = right["data"].repeat_interleave(2, 0).flatten()
+    wanted = torch.linalg.solve(dense, torch.cat([repeated, right["global"]]))
+    arrow = Arrow({"local": local, "cross": cross, "global": above}, 2.0)
+    found = arrow.solve(right)
+    torch.testing.assert_close(found["data"], wanted[:12].view(3, 2, 2)[:, 0])
+    torch.testing.assert_close(found["global"], wanted[12:])
+    torch.testing.assert_close(arrow.log_det(), torch.linalg.slogdet(dense).logabsdet)

@@ -83,8 +83,7 @@ class BidirectionalProgram:
         if isinstance(self.recognition, ProgramGuide):
             same = all(map(operator.is_, live, args))
             same = same and all(named[name] is value for name, value in kwargs.items())
-            self._residuals(self.recognition, heard, live, named, same)
-            return frozenset(self.recognition.latents)
+            return self._residuals(self.recognition, heard, live, named, same)
         recognized = _Recognized(heard)
         with recognized:
             self.recognition(*live, **named)
@@ -111,14 +110,14 @@ class BidirectionalProgram:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         same: bool,
-    ) -> None:
-        """Factors of the groups of a guide: squared distances from its locations."""
-        absent = [name for name in guide.latents if name not in heard.values]
+    ) -> frozenset[str]:
+        """Factors of the groups of a guide, squared distances from its locations; its sites."""
+        read = self._read(guide, args, kwargs, same)
+        absent = [name for name in read.sites if name not in heard.values]
         if absent:
             raise ValueError(_unknown(absent[0], heard.values))
-        read = self._read(guide, args, kwargs, same)
         call = guide._call(args, kwargs, read)
-        packed = read.pack({name: heard.values[name] for name in guide.latents})
+        packed = read.pack({name: heard.values[name] for name in read.sites})
         before: dict[str, Tensor] = {}
         for group in read.groups:
             with guide._pyro_context:
@@ -139,6 +138,7 @@ class BidirectionalProgram:
                 frame = pyro.plate(plate.name, plate.size, subsample=rows, dim=plate.dim)
             with frame:
                 pyro.factor(name, term)
+        return frozenset(read.sites)
 
     def _read(
         self, guide: ProgramGuide, args: tuple[Any, ...], kwargs: dict[str, Any], same: bool
