@@ -411,6 +411,14 @@ def test_steps_that_a_row_lacks_have_no_residuals() -> None:
     for parameter in guide.parameters():
         parameter.data += 0.3 * fixed(*parameter.shape, seed=14)
     pc = BidirectionalPredictiveCoding(walk, pyro.optim.SGD({}), guide, num_steps=200)
-    padded = pc.evaluate_loss(x, lengths)
-    assert padded == pytest.approx(pc.evaluate_loss(x[:, :3], lengths), rel=1e-5)
-    assert padded > pc.evaluate_loss(x[:, :2], lengths.clamp(max=2))
+
+    def at_zero(x: Tensor, lengths: Tensor) -> float:
+        # At a minimum a latent of no step would lie where its residual is nothing.
+        joint = LogJoint(pc.program, (x, lengths), {})
+        values = {f"z_{t}": torch.zeros(len(x)) for t in range(x.shape[1])}
+        return joint.total(*joint.run(values).total()).item()
+
+    for score in (at_zero, pc.evaluate_loss):
+        whole = score(x, lengths)
+        assert whole == pytest.approx(score(x[:, :3], lengths), rel=1e-5)
+        assert abs(whole) > abs(score(x[:, :2], lengths.clamp(max=2)))

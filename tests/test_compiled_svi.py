@@ -20,6 +20,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import guides
+from guides.capture import optimizers
 from guides.capture import steps as capture_steps
 from guides.capture.optimizers import rule_of
 from guides.families.multivariate_normal import MultivariateNormal
@@ -684,6 +685,34 @@ def test_a_restored_clipped_adam_decays_as_before() -> None:
     svi.run(7, ((x, y), {}), state=copy.deepcopy(whole.state))
     rates = {o.param_groups[0]["lr"] for o in optim.optim_objs.values()}
     assert rates == {0.05 * 0.5**7}
+
+
+@pytest.mark.parametrize("name", ["Adam", "ClippedAdam"])
+def test_coefficients_are_worked_out_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for many steps, also where the rate falls at every one; anew where it was changed."""
+    made: list[int] = []
+    for rule in ("_Adam", "_ClippedAdam"):
+        kind = getattr(optimizers, rule)
+        before = kind.coefficients
+
+        def counted(self: Any, num_steps: int, before: Any = before) -> torch.Tensor:
+            made.append(num_steps)
+            return before(self, num_steps)
+
+        monkeypatch.setattr(kind, "coefficients", counted)
+    x, y = data()
+    guide = guides.make("normal", regression, x, y)
+    args = {"lr": 0.01, **({"lrd": 0.9} if name == "ClippedAdam" else {})}
+    optim = getattr(pyro.optim, name)(args)
+    svi = CompiledSVI(regression, guide, optim, Trace_ELBO(), mode="graph")
+    for _ in range(20):
+        svi.step(x, y)
+    once = len(made)
+    assert once <= 4
+    for own in optim.optim_objs.values():
+        own.param_groups[0]["lr"] *= 0.5
+    svi.step(x, y)
+    assert len(made) > once
 
 
 def test_parameters_of_low_precision_are_updated_by_torch() -> None:

@@ -57,6 +57,10 @@ class Rule(abc.ABC):
     def coefficients(self, num_steps: int) -> Tensor:
         """The numbers of the next steps ``(num_steps, C)``, in float64. Changes nothing."""
 
+    def rates(self, num_steps: int) -> list[Any]:
+        """What coefficients depend on beside the count, before each of the next steps."""
+        return [self.group["lr"]] * num_steps
+
     def count(self) -> Any:
         """Steps made so far, and all else that coefficients of equal options depend on."""
         return float(self.state.get("step", 0.0))
@@ -135,6 +139,13 @@ class _ClippedAdam(Rule):
             lr *= self.group["lrd"]
             rows.append([lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)])
         return torch.tensor(rows, dtype=torch.float64)
+
+    def rates(self, num_steps: int) -> list[Any]:
+        lr, decay, found = self.group["lr"], self.group["lrd"], []
+        for _ in range(num_steps):
+            found.append((lr, decay))
+            lr *= decay
+        return found
 
     def advance(self, num_steps: int) -> None:
         self.state["step"] += num_steps

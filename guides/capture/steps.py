@@ -184,7 +184,7 @@ class Steps:
             shape = (self.num_steps, *left, sum(self._sizes))
             self._draws = [replace(self._joint, shape=shape).repeated()]
         self._tables: list[Tensor] = []
-        self._made_for: Any = None
+        self._made_for: list[Any] = []
         self._place = 0
         self._ahead = 0
         self._views: list[Tensor] = []
@@ -260,14 +260,16 @@ class Steps:
 
     def _numbers(self) -> list[Tensor]:
         """Coefficients of the next steps, from tables that are worked out well ahead."""
-        rates = [rule.group["lr"] for rule in self._leaders]
-        counts = [float(rule.state.get("step", 0.0)) for rule in self._leaders]
         place = self._place
-        expected = [count - place for count in counts]
-        if not self._tables or self._made_for != (rates, expected) or place >= self._ahead:
+        now = [(rule.rates(1)[0], float(rule.state.get("step", 0.0))) for rule in self._leaders]
+        if not self._tables or place >= self._ahead or now != self._made_for[place]:
             place = self._place = 0
             self._ahead = _CALLS_AHEAD * max(1, self.num_steps)
-            self._made_for = (rates, counts)
+            each = [
+                [(rate, count + i) for i, rate in enumerate(rule.rates(self._ahead))]
+                for rule, (_, count) in zip(self._leaders, now, strict=True)
+            ]
+            self._made_for = [list(entry) for entry in zip(*each, strict=True)]
             self._tables = [
                 rule.coefficients(self._ahead).to(rule.parameter.device, rule.parameter.dtype)
                 for rule in self._leaders
