@@ -133,11 +133,11 @@ class _ClippedAdam(Rule):
 
     def coefficients(self, num_steps: int) -> Tensor:
         beta1, beta2 = self.group["betas"]
-        lr = self.group["lr"]
-        rows = []
-        for t in _steps(float(self.state["step"]), num_steps):
-            lr *= self.group["lrd"]
-            rows.append([lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)])
+        steps = _steps(float(self.state["step"]), num_steps)
+        rows = [
+            [lr * decay * math.sqrt(1 - beta2**t) / (1 - beta1**t)]
+            for t, (lr, decay) in zip(steps, self.rates(num_steps), strict=True)
+        ]
         return torch.tensor(rows, dtype=torch.float64)
 
     def rates(self, num_steps: int) -> list[Any]:

@@ -186,7 +186,6 @@ class Steps:
         self._tables: list[Tensor] = []
         self._made_for: list[Any] = []
         self._place = 0
-        self._ahead = 0
         self._views: list[Tensor] = []
         self._pointers: list[int] = []
 
@@ -262,16 +261,16 @@ class Steps:
         """Coefficients of the next steps, from tables that are worked out well ahead."""
         place = self._place
         now = [(rule.rates(1)[0], float(rule.state.get("step", 0.0))) for rule in self._leaders]
-        if not self._tables or place >= self._ahead or now != self._made_for[place]:
+        if place >= len(self._made_for) or now != self._made_for[place]:
             place = self._place = 0
-            self._ahead = _CALLS_AHEAD * max(1, self.num_steps)
+            ahead = _CALLS_AHEAD * max(1, self.num_steps)
             each = [
-                [(rate, count + i) for i, rate in enumerate(rule.rates(self._ahead))]
+                [(rate, count + i) for i, rate in enumerate(rule.rates(ahead))]
                 for rule, (_, count) in zip(self._leaders, now, strict=True)
             ]
             self._made_for = [list(entry) for entry in zip(*each, strict=True)]
             self._tables = [
-                rule.coefficients(self._ahead).to(rule.parameter.device, rule.parameter.dtype)
+                rule.coefficients(ahead).to(rule.parameter.device, rule.parameter.dtype)
                 for rule in self._leaders
             ]
         return [table[place : place + self.num_steps] for table in self._tables]

@@ -13,7 +13,7 @@ from guides.arguments import did_you_mean
 from guides.encoders.inputs import Input, alike
 from guides.layout import Layout
 
-__all__ = ["KINDS", "Source", "describe", "unit"]
+__all__ = ["KINDS", "Source", "describe", "standardization", "unit"]
 
 KINDS = ("vector", "image", "set")
 _SMALLEST_IMAGE = 8
@@ -52,23 +52,14 @@ class Source:
         return self.width + (0 if self.mask_shape is None else prod(self.mask_shape))
 
     def statistics(self, item: Input, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Center of every feature, and one scale for all: rare pixels must not be blown up.
+        """How the features are standardized, see :func:`standardization`.
 
         Returns:
             Shift and scale, ``(width,)`` each; what a mask hides does not count.
         """
         value, present, _ = self._arranged(item, dtype)
         value = value.reshape(-1, self.width)
-        if present is None:
-            shift = value.mean(0)
-            variance = (value - shift).square().mean()
-        else:
-            present = present.reshape(-1, self.width)
-            zero = value.new_zeros(())
-            shift = torch.where(present, value, zero).sum(0) / present.sum(0).clamp(min=1)
-            deviations = torch.where(present, value - shift, zero)
-            variance = deviations.square().sum() / present.sum().clamp(min=1)
-        return shift, unit(variance, shift).expand(self.width)
+        return standardization(value, None if present is None else present.reshape(value.shape))
 
     def features(self, item: Input, shift: Tensor, scale: Tensor) -> Tensor:
         """The standardized value, zero where it is masked, with its mask: ``(B, features)``.
@@ -122,6 +113,27 @@ class Source:
                 f"row, but the guide was built with {shape[1:]}. Pass a mask of that shape."
             ) from None
         return value, present, mask
+
+
+def standardization(value: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Center of every feature, and one scale for all: rare features must not be blown up.
+
+    Args:
+        value: Rows of features ``(N, F)``.
+        present: Which of them count ``(N, F)``; None for all, of at least one row.
+
+    Returns:
+        Shift and scale, ``(F,)`` each.
+    """
+    if present is None:
+        shift = value.mean(0)
+        variance = (value - shift).square().mean()
+    else:
+        zero = value.new_zeros(())
+        shift = torch.where(present, value, zero).sum(0) / present.sum(0).clamp(min=1)
+        deviations = torch.where(present, value - shift, zero)
+        variance = deviations.square().sum() / present.sum().clamp(min=1)
+    return shift, unit(variance, shift).expand(len(shift))
 
 
 def unit(variance: Tensor, shift: Tensor) -> Tensor:

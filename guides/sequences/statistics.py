@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from guides.encoders.source import unit
-from guides.sequences.steps import Step, present_entries
+from guides.encoders.source import standardization
+from guides.sequences.steps import Step, present_entries, present_rows
 
 __all__ = ["statistics"]
 
@@ -25,30 +25,17 @@ def statistics(steps: Sequence[Step], like: Tensor, missing: bool) -> tuple[Tens
         Shift and scale, ``(F,)`` each.
     """
     inputs = torch.stack([step.inputs for step in steps], 1).to(like)  # (B, T, F)
-    on = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-    for t, step in enumerate(steps):
-        if step.mask is not None:
-            on[:, t] = step.mask
+    on = present_rows(steps)
     seen = inputs[on]  # (rows, F)
+    # Of no rows at all nothing is known: a mask of none makes them zero and one.
+    present = present_entries(steps)[on] if missing or not len(seen) else None
     widths = list(steps[0].widths)
-    if missing:
-        present = present_entries(steps)[on]
-        zero = seen.new_zeros(())
-        shift = torch.where(present, seen, zero).sum(0) / present.sum(0).clamp(min=1)
-        squares = torch.where(present, seen - shift, zero).square()
-        counts = [part.sum().clamp(min=1) for part in present.split(widths, -1)]
-        variances = [
-            part.sum() / count
-            for part, count in zip(squares.split(widths, -1), counts, strict=True)
-        ]
-    else:
-        shift = seen.mean(0) if len(seen) else torch.zeros_like(inputs[0, 0])
-        variances = [
-            part.square().mean() if len(seen) else part.new_zeros(())
-            for part in (seen - shift).split(widths, -1)
-        ]
-    scales = [
-        unit(variance, center).expand(len(center))
-        for variance, center in zip(variances, shift.split(widths), strict=True)
+    parts = [
+        standardization(value, there)
+        for value, there in zip(
+            seen.split(widths, -1),
+            [None] * len(widths) if present is None else present.split(widths, -1),
+            strict=True,
+        )
     ]
-    return shift, torch.cat(scales)
+    return torch.cat([shift for shift, _ in parts]), torch.cat([scale for _, scale in parts])

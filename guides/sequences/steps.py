@@ -20,7 +20,7 @@ from guides.layout import Layout
 from guides.sites import Group, Observed
 from guides.supports import is_masked
 
-__all__ = ["Step", "hides_data", "present_entries", "read_steps", "step_rows"]
+__all__ = ["Step", "hides_data", "present_entries", "present_rows", "read_steps", "step_rows"]
 
 
 @dataclass(frozen=True)
@@ -183,20 +183,25 @@ def present_entries(steps: Sequence[Step]) -> Tensor:
     )
 
 
+def present_rows(steps: Sequence[Step]) -> Tensor:
+    """Which rows have which step, ``(B, T)``.
+
+    Args:
+        steps: The steps of a call.
+    """
+    ones = torch.ones(len(steps[0].inputs), dtype=torch.bool, device=steps[0].inputs.device)
+    return torch.stack([ones if step.mask is None else step.mask for step in steps], 1)
+
+
 def hides_data(steps: Sequence[Step]) -> bool:
     """Whether a mask takes observed values from steps that their rows have.
 
     Args:
         steps: The steps of a call.
     """
-    masked = [step for step in steps if step.present is not None]
-    if not masked:
+    if all(step.present is None for step in steps):
         return False
-    hidden = ~present_entries(masked)  # (B, T, F)
-    on = [step.inputs.new_ones(len(step.inputs), dtype=torch.bool) for step in masked]
-    for t, step in enumerate(masked):
-        on[t] = on[t] if step.mask is None else step.mask
-    return bool((hidden & torch.stack(on, 1)[..., None]).any())
+    return bool((present_rows(steps)[..., None] & ~present_entries(steps)).any())
 
 
 def _features(site: Observed) -> tuple[Tensor, Tensor | None]:
