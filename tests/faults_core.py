@@ -361,6 +361,27 @@ FAULTS = [
         "tests/test_composite.py::test_what_does_not_fit_is_refused",
     ),
     Fault(
+        "an expected prior forgets the variance of q",
+        "guides/objectives/analytic_elbo.py",
+        "penalty = 0.5 * self.variance",
+        "penalty = 0.0 * self.variance",
+        "tests/test_objectives.py::test_the_prior_of_a_chain_is_exact_given_the_draw_before",
+    ),
+    Fault(
+        "a latent's parents may be drawn after it",
+        "guides/objectives/analytic_elbo.py",
+        "exact = {*independent, *(name for name in plain if _after_parents(name, draws))}",
+        "exact = {*independent, *plain}",
+        "tests/test_objectives.py::test_a_prior_is_exact_only_where_its_parents_tell_nothing_more",
+    ),
+    Fault(
+        "coordinates of one q are taken for independent",
+        "guides/objectives/analytic_elbo.py",
+        "return before <= own if isinstance(unwrap(d.q), Normal) else not before",
+        "return before <= own",
+        "tests/test_objectives.py::test_a_prior_is_exact_only_where_its_parents_tell_nothing_more",
+    ),
+    Fault(
         "doubly reparameterized gradients weigh once",
         "guides/objectives/dreg.py",
         "factor * (weights.square() * (rows - log_q)).sum()",

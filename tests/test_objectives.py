@@ -36,6 +36,7 @@ from guides.objectives import (
     RefinementELBO,
     Renyi,
 )
+from guides.objectives.packed_draws import draw_packed
 from tests.programs import PROGRAMS
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -359,8 +360,79 @@ def test_a_prior_that_follows_a_latent_is_never_taken_for_fixed() -> None:
             pyro.sample("x", dist.Normal(fixed, 1.0), obs=x)
 
     x = torch.zeros(3)
-    guide = guides.make("normal", model, x)
-    assert AnalyticELBO().analytic_terms(model, guide, x)["prior"] == ("fixed",)
+    prior = AnalyticELBO().analytic_terms(model, guides.make("multivariate_normal", model, x), x)[
+        "prior"
+    ]
+    assert prior == ("fixed",)
+    # Given their parents, which say nothing about them where q has independent coordinates.
+    prior = AnalyticELBO().analytic_terms(model, guides.make("normal", model, x), x)["prior"]
+    assert prior == ("fixed", "smooth", "flat", "indexed")
+
+
+def _chain(x: Tensor, lengths: Tensor | None = None) -> None:
+    with pyro.plate("data", len(x)):
+        z = torch.zeros(len(x), 2)
+        for t in range(x.shape[1]):
+            on = torch.ones(len(x), dtype=torch.bool) if lengths is None else t < lengths
+            with poutine.mask(mask=on):
+                prior = dist.Normal(torch.tanh(1.5 * z), torch.nn.functional.softplus(z) + 0.5)
+                z = pyro.sample(f"z_{t}", prior.to_event(1))
+                pyro.sample(f"x_{t}", dist.Normal(z.sum(-1), 1.0), obs=x[:, t])
+
+
+def test_the_prior_of_a_chain_is_exact_given_the_draw_before() -> None:
+    """By the KL divergence of every step from its prior, at the very draws of the objective."""
+    x, lengths = torch.randn(3, 4), torch.tensor([4, 2, 1])
+    guide = guides.make("smoothing_normal", _chain, x, lengths, recurrent=4, init_scale=0.6)
+    objective = AnalyticELBO()
+    terms = objective.analytic_terms(_chain, guide, x, lengths)
+    assert terms["prior"] == ("z_0", "z_1", "z_2", "z_3")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss = objective.loss(_chain, guide, x, lengths)
+        torch.manual_seed(seed)
+        draws = draw_packed(guide, (x, lengths), {}, outer=1)
+        expected, z = torch.zeros(()), torch.zeros(3, 2)
+        for t, group in enumerate(draws.groups):
+            q = dist.Normal(group.q.mean.reshape(3, 2), group.q.variance.sqrt().reshape(3, 2))
+            prior = dist.Normal(torch.tanh(1.5 * z), torch.nn.functional.softplus(z) + 0.5)
+            z = group.packed[0]
+            kl = torch.distributions.kl_divergence(q, prior).sum(-1)
+            fit = dist.Normal(z.sum(-1), 1.0).log_prob(x[:, t])
+            expected = expected + ((kl - fit) * (t < lengths)).sum().detach()
+        assert loss == pytest.approx(float(expected), rel=1e-10)
+
+
+def _levels(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z2 = pyro.sample("z2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        scale = torch.nn.functional.softplus(2 * z2) + 0.2
+        z1 = pyro.sample("z1", dist.Normal(3 * torch.tanh(z2), scale).to_event(1))
+        pyro.sample("x", dist.Normal(z1, 0.5).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        ("amortized_normal", {"z2", "z1"}),
+        ("top_down_normal", {"z2", "z1"}),
+        ("autoregressive_multivariate_normal", {"z2", "z1"}),
+        ("bottom_up_normal", {"z2"}),  # z1 is drawn first: the draw of z2 tells of it
+        ("amortized_multivariate_normal", {"z2"}),  # drawn together, and tells of it
+    ],
+)
+def test_a_prior_is_exact_only_where_its_parents_tell_nothing_more(
+    name: str, exact: set[str]
+) -> None:
+    x = 2 * torch.randn(3, 2)
+    guide = guides.make(name, _levels, x)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert set(AnalyticELBO().analytic_terms(_levels, guide, x)["prior"]) == exact
+    sampled = repeated(lambda: Renyi(1.0, 500).loss(_levels, guide, x), 30)
+    analytic = repeated(lambda: AnalyticELBO(500).loss(_levels, guide, x), 30)
+    assert analytic[0] == pytest.approx(sampled[0], abs=4 * math.hypot(sampled[1], analytic[1]))
 
 
 @pytest.mark.parametrize("name", ["normal", "multivariate_normal", "amortized_normal"])
@@ -643,7 +715,7 @@ def test_what_was_found_of_one_model_is_not_told_of_another() -> None:
 
     for i in range(40):
         model = made(i % 2 == 1)
-        guide = guides.make("normal", model, x)
+        guide = guides.make("multivariate_normal", model, x)
         expected = ("y",) if i % 2 else ("y", "z")
         assert objective.analytic_terms(model, guide, x)["prior"] == expected
         del model, guide

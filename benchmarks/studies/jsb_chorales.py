@@ -24,6 +24,7 @@ from torch import Tensor
 
 import guides
 import zoo
+from benchmarks.memory import keep_freed_memory
 from benchmarks.pool import results
 from benchmarks.studies.sequence_training import Settings, Training, bound, per_step
 from benchmarks.study import StudyLog
@@ -286,6 +287,7 @@ def measure(
 def _job(job: dict[str, Any], tick: Any) -> dict[str, Any]:
     name, seed, epochs = job["method"], job["seed"], job["epochs"]
     torch.set_num_threads(1)
+    keep_freed_memory()
     method = METHODS[name]
     if epochs is not None:
         method = replace(method, settings=replace(method.settings, epochs=epochs))

@@ -36,19 +36,25 @@ class AnalyticELBO(Objective):
         ELBO = E_q[log p(x, u)] + H[q]              u: packed, unconstrained latents
 
         H[q]                    closed form where the family states its entropy
-        E_q[log p(z)]           closed form for a real, Normal (independent) latent whose prior
-                                does not depend on other latents, under a Gaussian q
+        E_q[log p(z | parents)] closed form for a real, Normal (independent) latent under a
+                                Gaussian q, given the draws of its parents
         everything else         sampled
 
-    Where both are analytic, the KL divergence from q to the prior has no noise left, and only
-    the likelihood is sampled. :meth:`analytic_terms` says which terms are which. That pays while
-    q is far from the posterior; near it, the noise of log p and of log q cancel when both are
-    sampled, and :class:`guides.objectives.STL` has less of it.
+    A latent's parents are at most those that the program has sampled before it. They have to be
+    drawn before it by the guide, too, or in one group with it by a q of independent coordinates:
+    then a draw of theirs says no more about it than its q does. A latent for which that fails is
+    in closed form where its prior depends on no latent at all.
 
-    Whether a prior depends on other latents is read from the graph of its parameters and from
-    their numbers at moved latents, once for each model, guide and kind of call: its latents, the
-    shapes of its tensors, and its arguments that are none, such as switches. A switch that comes
-    as a tensor, or as an attribute of the model, is not seen to change.
+    Where both are analytic, the KL divergence from q to the prior, given the parents, has no noise
+    left, and only the likelihood is sampled. :meth:`analytic_terms` says which terms are which.
+    That pays while q is far from the posterior, and for latents that the data leave at their
+    prior. Near the posterior the noise of log p and of log q cancel when both are sampled, and
+    :class:`guides.objectives.STL` has less of it.
+
+    Whether a prior depends on no latent is read from the graph of its parameters and from
+    their numbers at moved latents, once for each model, guide and kind of call: its latents in
+    their order, the shapes of its tensors, and its arguments that are none, such as switches. A
+    switch that comes as a tensor, or as an attribute of the model, is not seen to change.
 
     The loss is minus the ELBO of all N rows (lower is better): an upper bound on -log p(x) in
     expectation, and equal to ``Trace_ELBO``'s in expectation. For a point mass it is an energy,
@@ -129,7 +135,8 @@ class AnalyticELBO(Objective):
         if kinds is None:
             # Held, because the identity of an object that is gone passes to another one.
             self._priors = [*self._priors[-_KEPT:], (model, guide, kinds := {})]
-        kind = (flatten(log_joint.args, dict(log_joint.kwargs)).key, tuple(draws.layout.sites))
+        read = draws.layout
+        kind = (flatten(log_joint.args, dict(log_joint.kwargs)).key, (*read.sites, *read.order))
         if kind in kinds:
             return kinds[kind]
         gaussian = {
@@ -138,18 +145,31 @@ class AnalyticELBO(Objective):
             if isinstance(unwrap(d.q), _GAUSSIAN)
             for site in d.group.sites
         }
-        independent = _independent_normals(log_joint, draws.packed(), draws.layout)
-        found = tuple(name for name in independent if name in gaussian)
+        plain, independent = _normals(log_joint, draws.packed(), read)
+        exact = {*independent, *(name for name in plain if _after_parents(name, draws))}
+        found = tuple(name for name in read.sites if name in exact & gaussian)
         if len(kinds) == _KINDS:
             del kinds[next(iter(kinds))]
         kinds[kind] = found
         return found
 
 
-def _independent_normals(
+def _after_parents(name: str, draws: PackedDraws) -> bool:
+    """Whether what the program samples before a latent says no more about it than its q does."""
+    order = draws.layout.order
+    before = set(order[: order.index(name)]) & set(draws.layout.sites)
+    for d in draws.groups:
+        own = {site.name for site in d.group.sites}
+        if name in own:
+            return before <= own if isinstance(unwrap(d.q), Normal) else not before
+        before -= own
+    raise AssertionError(f"no group has {name!r}")
+
+
+def _normals(
     log_joint: LogJoint, packed: Mapping[str, Tensor], read: Layout
-) -> list[str]:
-    """Real latents with an independent Normal prior that no other latent moves."""
+) -> tuple[list[str], list[str]]:
+    """Real latents with an independent Normal prior, and those of them that no latent moves."""
     point = {name: value[0].detach() for name, value in packed.items()}
     with torch.enable_grad():
         values = {n: v.requires_grad_() for n, v in read.constrain(point).items()}
@@ -160,7 +180,7 @@ def _independent_normals(
         # The graph does not see indexing or control flow by a latent; moved numbers do.
         moved = read.constrain({n: _moved(v) for n, v in point.items()})
         second = log_joint.run(moved, density=False, expose_params=False).fns
-    return [name for name in structural if _equal(first[name], second[name])]
+    return names, [name for name in structural if _equal(first[name], second[name])]
 
 
 def _moved(value: Tensor) -> Tensor:
