@@ -361,6 +361,20 @@ FAULTS = [
         "tests/test_composite.py::test_what_does_not_fit_is_refused",
     ),
     Fault(
+        "noise of the draws makes silent units active",
+        "guides/diagnostics/activity.py",
+        "(spread - within / len(packed))",
+        "(spread - 0.0)",
+        "tests/test_activity.py::test_a_silent_unit_stays_silent_with_few_draws",
+    ),
+    Fault(
+        "rows without a latent count as active",
+        "guides/diagnostics/activity.py",
+        "centered = torch.where(on, loc - loc.sum(0) / rows, zero)",
+        "centered = loc - loc.sum(0) / rows",
+        "tests/test_activity.py::test_rows_without_a_latent_do_not_count",
+    ),
+    Fault(
         "an expected prior forgets the variance of q",
         "guides/objectives/analytic_elbo.py",
         "penalty = 0.5 * self.variance",

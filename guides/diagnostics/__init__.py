@@ -6,10 +6,12 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "ActiveUnits": "guides.diagnostics.activity",
     "AnnealedScore": "guides.diagnostics.annealed",
     "Khat": "guides.diagnostics.scores",
     "LogWeights": "guides.diagnostics.scores",
     "Score": "guides.diagnostics.scores",
+    "active_units": "guides.diagnostics.activity",
     "annealed_importance_sampling": "guides.diagnostics.annealed",
     "elbo": "guides.diagnostics.scores",
     "log_evidence": "guides.diagnostics.scores",
