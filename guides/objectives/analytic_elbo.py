@@ -40,10 +40,10 @@ class AnalyticELBO(Objective):
                                 Gaussian q, given the draws of its parents
         everything else         sampled
 
-    A latent's parents are at most those that the program has sampled before it. They have to be
-    drawn before it by the guide, too, or in one group with it by a q of independent coordinates:
-    then a draw of theirs says no more about it than its q does. A latent for which that fails is
-    in closed form where its prior depends on no latent at all.
+    A latent's parents are at most those that the program has sampled before it, in the very run.
+    They have to be drawn before it by the guide, too, or in one group with it by a q of
+    independent coordinates: then a draw of theirs says no more about it than its q does. A latent
+    for which that fails is in closed form where its prior depends on no latent at all.
 
     Where both are analytic, the KL divergence from q to the prior, given the parents, has no noise
     left, and only the likelihood is sampled. :meth:`analytic_terms` says which terms are which.
@@ -52,9 +52,9 @@ class AnalyticELBO(Objective):
     :class:`guides.objectives.STL` has less of it.
 
     Whether a prior depends on no latent is read from the graph of its parameters and from
-    their numbers at moved latents, once for each model, guide and kind of call: its latents in
-    their order, the shapes of its tensors, and its arguments that are none, such as switches. A
-    switch that comes as a tensor, or as an attribute of the model, is not seen to change.
+    their numbers at moved latents, once for each model, guide and kind of call: its latents, the
+    shapes of its tensors, and its arguments that are none, such as switches. A switch that comes
+    as a tensor, or as an attribute of the model, is not seen to make such a prior depend on one.
 
     The loss is minus the ELBO of all N rows (lower is better): an upper bound on -log p(x) in
     expectation, and equal to ``Trace_ELBO``'s in expectation. For a point mass it is an energy,
@@ -102,9 +102,11 @@ class AnalyticELBO(Objective):
         with torch.no_grad(), poutine.block():
             draws = draw_packed(own, args, kwargs, outer=1)
             log_joint = LogJoint(model, args, kwargs, layout=draws.layout)
-            priors = self._analytic_priors(model, own, draws, log_joint)
+            free = self._independent(model, own, draws, log_joint)
+            _, _, taken = _expected_joint(draws, log_joint, free, plain=own.plain)
         exact = tuple(d.group.name for d in draws.groups if d.entropy() is not None)
         rest = [f"log q({d.group.name})" for d in draws.groups if d.group.name not in exact]
+        priors = tuple(name for name in draws.layout.sites if name in taken)
         sites = (*draws.layout.sites, *draws.layout.observed)
         sampled = (*(name for name in sites if name not in priors), *rest)
         return {"entropy": exact, "prior": priors, "sampled": sampled}
@@ -116,9 +118,9 @@ class AnalyticELBO(Objective):
         own = own_guide(self, model, guide, args, kwargs, density=False)
         draws = draw_packed(own, args, kwargs, outer=self.num_particles)
         log_joint = ExposedLogJoint(model, args, kwargs, layout=draws.layout)
-        priors = self._analytic_priors(model, own, draws, log_joint)
+        free = self._independent(model, own, draws, log_joint)
         scale = draws.layout.scale
-        rows, other = _expected_joint(draws, log_joint, priors, plain=own.plain)
+        rows, other, _ = _expected_joint(draws, log_joint, free, plain=own.plain)
         elbo = scale * rows.sum(-1).mean() + other.mean()
         for group in draws.groups:
             found = group.entropy()
@@ -127,49 +129,29 @@ class AnalyticELBO(Objective):
             elbo = elbo + factor * entropy.sum() / self.num_particles
         return -elbo
 
-    def _analytic_priors(
+    def _independent(
         self, model: Program, guide: ProgramGuide, draws: PackedDraws, log_joint: LogJoint
     ) -> tuple[str, ...]:
+        """Latents whose prior no latent moves, looked at once for each kind of call."""
         pairs = (kinds for m, g, kinds in self._priors if m is model and g is guide)
         kinds: dict[Any, tuple[str, ...]] | None = next(pairs, None)
         if kinds is None:
             # Held, because the identity of an object that is gone passes to another one.
             self._priors = [*self._priors[-_KEPT:], (model, guide, kinds := {})]
-        read = draws.layout
-        kind = (flatten(log_joint.args, dict(log_joint.kwargs)).key, (*read.sites, *read.order))
+        kind = (flatten(log_joint.args, dict(log_joint.kwargs)).key, tuple(draws.layout.sites))
         if kind in kinds:
             return kinds[kind]
-        gaussian = {
-            site.name
-            for d in draws.groups
-            if isinstance(unwrap(d.q), _GAUSSIAN)
-            for site in d.group.sites
-        }
-        plain, independent = _normals(log_joint, draws.packed(), read)
-        exact = {*independent, *(name for name in plain if _after_parents(name, draws))}
-        found = tuple(name for name in read.sites if name in exact & gaussian)
+        found = _independent_normals(log_joint, draws.packed(), draws.layout)
         if len(kinds) == _KINDS:
             del kinds[next(iter(kinds))]
         kinds[kind] = found
         return found
 
 
-def _after_parents(name: str, draws: PackedDraws) -> bool:
-    """Whether what the program samples before a latent says no more about it than its q does."""
-    order = draws.layout.order
-    before = set(order[: order.index(name)]) & set(draws.layout.sites)
-    for d in draws.groups:
-        own = {site.name for site in d.group.sites}
-        if name in own:
-            return before <= own if isinstance(unwrap(d.q), Normal) else not before
-        before -= own
-    raise AssertionError(f"no group has {name!r}")
-
-
-def _normals(
+def _independent_normals(
     log_joint: LogJoint, packed: Mapping[str, Tensor], read: Layout
-) -> tuple[list[str], list[str]]:
-    """Real latents with an independent Normal prior, and those of them that no latent moves."""
+) -> tuple[str, ...]:
+    """Real latents with an independent Normal prior that no latent moves."""
     point = {name: value[0].detach() for name, value in packed.items()}
     with torch.enable_grad():
         values = {n: v.requires_grad_() for n, v in read.constrain(point).items()}
@@ -180,7 +162,11 @@ def _normals(
         # The graph does not see indexing or control flow by a latent; moved numbers do.
         moved = read.constrain({n: _moved(v) for n, v in point.items()})
         second = log_joint.run(moved, density=False, expose_params=False).fns
-    return names, [name for name in structural if _equal(first[name], second[name])]
+    return tuple(
+        name
+        for name in structural
+        if _is_plain_normal(read.sites[name], second[name]) and _equal(first[name], second[name])
+    )
 
 
 def _moved(value: Tensor) -> Tensor:
@@ -216,30 +202,42 @@ def _equal(first: TorchDistribution, second: TorchDistribution) -> bool:
 
 
 def _expected_joint(
-    draws: PackedDraws, log_joint: LogJoint, priors: tuple[str, ...], *, plain: Collection[str]
-) -> tuple[Tensor, Tensor]:
-    """The log joint of the draws with priors in expectation: rows ``(S, B)`` and ``(S,)``."""
+    draws: PackedDraws, log_joint: LogJoint, free: tuple[str, ...], *, plain: Collection[str]
+) -> tuple[Tensor, Tensor, set[str]]:
+    """The log joint of the draws with priors in expectation.
+
+    Args:
+        draws: The draws.
+        log_joint: The log joint of the call.
+        free: Latents whose prior depends on no latent.
+        plain: Latents without a Jacobian.
+
+    Returns:
+        Terms of the rows ``(S, B)``, all others ``(S,)``, and the latents in expectation.
+    """
     inputs = draws.packed()
-    wanted = [d for d in draws.groups if any(site.name in priors for site in d.group.sites)]
-    for d in wanted:
+    gaussian = [d for d in draws.groups if isinstance(unwrap(d.q), _GAUSSIAN)]
+    for d in gaussian:
         inputs[_mean(d)] = d.spread(d.q.mean)
         inputs[_variance(d)] = d.spread(d.q.variance)
+    taken: set[str] = set()
 
     def terms(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         values, _, log_dets = log_joint.unpack(given)
         moments: dict[str, tuple[Tensor, Tensor]] = {}
-        for d in wanted:
+        for d in gaussian:
             group = d.group
             mean = group.unpack(group.batch(given[_mean(d)]))
             variance = group.unpack(group.batch(given[_variance(d)]))
-            moments |= {n: (mean[n], variance[n]) for n in mean if n in priors}
-        found = _ExpectedTerms(log_joint.layout, values, moments)
+            moments |= {n: (mean[n], variance[n]) for n in mean}
+        found = _ExpectedTerms(log_joint.layout, values, moments, draws, free)
         with (
             pyro.validation_enabled(False),
             poutine.block(hide_types=["sample"]),
             found,
         ):
             log_joint.model(*log_joint.args, **log_joint.kwargs)
+        taken.update(found.taken)
         rows, other = found.total()
         for name, log_det in log_dets.items():
             if name in plain:
@@ -250,8 +248,8 @@ def _expected_joint(
                 rows = rows + log_det
         return rows, other
 
-    result: tuple[Tensor, Tensor] = over_draws(terms, inputs, draws.layout)
-    return result
+    rows, other = over_draws(terms, inputs, draws.layout)
+    return rows, other, taken
 
 
 def _mean(draws: GroupDraws) -> str:
@@ -263,23 +261,54 @@ def _variance(draws: GroupDraws) -> str:
 
 
 class _ExpectedTerms(SiteTerms):
-    """Terms of the sites, with some in expectation over a q of given moments."""
+    """Terms of the sites, those of priors in expectation over q wherever that is exact.
+
+    It is decided in the run itself: which latents come before another, and of what family it is,
+    may change from draw to draw.
+
+    Args:
+        layout: The layout of the call.
+        values: The draws, by site.
+        moments: Mean and variance of a Gaussian q, by site.
+        draws: The groups, in the order in which the guide draws them.
+        free: Latents whose prior depends on no latent.
+    """
 
     def __init__(
         self,
         layout: Layout,
         values: Mapping[str, Tensor],
         moments: Mapping[str, tuple[Tensor, Tensor]],
+        draws: PackedDraws,
+        free: tuple[str, ...],
     ) -> None:
         super().__init__(layout, values)
         self.moments = moments
+        self.free = free
+        numbered = list(enumerate(draws.groups))
+        self.place = {site.name: number for number, d in numbered for site in d.group.sites}
+        # A normal of a type of the user's own may tie its coordinates together.
+        self.apart = {n for n, d in numbered if type(unwrap(d.q)).__name__ == "Normal"}
+        self.latest = -1  # place of the latents that the program has sampled so far
+        self.taken: set[str] = set()
 
     def record(self, site: Mapping[str, Any]) -> None:
         """Write down one site; scales, masks and plates act on an expected term as on any."""
-        if site["name"] in self.moments:
-            mean, variance = self.moments[site["name"]]
+        name = site["name"]
+        if name in self.moments and self._is_exact(name, site["fn"]):
+            self.taken.add(name)
+            mean, variance = self.moments[name]
             site = {**site, "fn": _ExpectedNormal(site["fn"], variance), "value": mean}
         super().record(site)
+        self.latest = max(self.latest, self.place.get(name, -1))
+
+    def _is_exact(self, name: str, fn: TorchDistribution) -> bool:
+        """Whether what came before says no more about a latent than its q does."""
+        place = self.place[name]
+        if not _is_plain_normal(self.layout.sites[name], fn):
+            return False
+        last = place - 1 if place not in self.apart else place
+        return name in self.free or self.latest <= last
 
 
 class _ExpectedNormal:
