@@ -1,4 +1,4 @@
-"""Faults of what follows time: filters by predictive coding, in closed form and by particles."""
+"""Faults of what follows time: models, guides and filters of sequences."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from tests.fault import Fault
 TEMPORAL = "tests/test_temporal.py::"
 FIVO = "tests/test_fivo.py::"
 HGF = "tests/test_gaussian_filter.py::"
+DENSITY = "tests/test_sequence_densities.py::"
 
 FAULTS = [
     Fault(
@@ -93,5 +94,40 @@ FAULTS = [
         "precisions = [scale**-2 for _, scale in experts]",
         "precisions = [scale**-1 for _, scale in experts]",
         "tests/test_sequences.py::test_a_product_of_experts_is_the_product_of_their_densities",
+    ),
+    Fault(
+        "the state of a VRNN does not see the latent of the step before",
+        "zoo/vrnn.py",
+        "torch.cat([step, z], -1)",
+        "torch.cat([step, 0 * z], -1)",
+        DENSITY + "test_the_density_of_a_deep_sequence_model_by_hand[vrnn-False]",
+    ),
+    Fault(
+        "the deterministic layer of an SRNN starts from nothing at every step",
+        "zoo/srnn.py",
+        "d = self.cell(before, d)",
+        "d = self.cell(before, None)",
+        DENSITY + "test_the_density_of_a_deep_sequence_model_by_hand[srnn-False]",
+    ),
+    Fault(
+        "the gate of a transition opens the other way",
+        "zoo/transition.py",
+        "(1 - gate) * self.linear(z) + gate * proposal",
+        "gate * self.linear(z) + (1 - gate) * proposal",
+        DENSITY + "test_the_density_of_a_deep_sequence_model_by_hand[deep_markov-False]",
+    ),
+    Fault(
+        "a recurrent cell never resets its state",
+        "zoo/recurrent.py",
+        "torch.tanh(new + torch.sigmoid(reset + own_reset) * own_new)",
+        "torch.tanh(new + own_new)",
+        DENSITY + "test_the_recurrent_cell_is_torchs",
+    ),
+    Fault(
+        "the Jacobian of a masked flow forgets that coordinates were reversed",
+        "zoo/masked_flow.py",
+        "self._maps(self._order(y))[1].sum(-1)",
+        "self._maps(y)[1].sum(-1)",
+        DENSITY + "test_the_density_of_a_flow_prior_by_hand",
     ),
 ]

@@ -22,7 +22,7 @@ class GatedTransition(nn.Module):
         scale = min_scale + softplus(V f(prop))
 
     f is a rectifier in the paper; SiLU, its smooth relative, by default here, because Laplace
-    posteriors take exact Hessians.
+    posteriors take exact Hessians. Their softplus is the variance, the scale here, with a floor.
 
     References:
         | Structured inference networks for nonlinear state space models (Krishnan, Shalit &
