@@ -7,6 +7,7 @@ from tests.fault import Fault
 TEMPORAL = "tests/test_temporal.py::"
 FIVO = "tests/test_fivo.py::"
 HGF = "tests/test_gaussian_filter.py::"
+COMBINERS = "tests/test_sequence_combiners.py::"
 DENSITY = "tests/test_sequence_densities.py::"
 
 FAULTS = [
@@ -129,5 +130,19 @@ FAULTS = [
         "self._maps(self._order(y))[1].sum(-1)",
         "self._maps(y)[1].sum(-1)",
         DENSITY + "test_the_density_of_a_flow_prior_by_hand",
+    ),
+    Fault(
+        "states of a step are averaged as if there were two",
+        "guides/sequences/guide.py",
+        "sum(parts[1:], parts[0]) / len(parts)",
+        "sum(parts[1:], parts[0]) / 2",
+        COMBINERS + "test_the_averaging_combiner_is_its_formula",
+    ),
+    Fault(
+        "the backward network starts in the padding",
+        "guides/sequences/context.py",
+        "last = torch.where(on, steps, -1).amax(1, keepdim=True)",
+        "last = torch.where(on, number - 1, -1).amax(1, keepdim=True)",
+        COMBINERS + "test_the_averaging_combiner_is_its_formula",
     ),
 ]

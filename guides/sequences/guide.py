@@ -59,7 +59,7 @@ class SequenceGuide(ProgramGuide):
     With ``combiner="average"`` it is the structured network of Krishnan et al.,
 
         h_t   = (tanh(A z_{t-1} + a) + l_t + r_t) / number of terms
-        lam_t = init + W h_t
+        lam_t = init + W h_t + b
 
     and with ``combiner="product"`` each of z_{t-1}, l_t and r_t has a Gaussian of its own, which
     are multiplied (:mod:`guides.sequences.product`): without z_{t-1}, in
