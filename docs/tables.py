@@ -397,6 +397,8 @@ def _digits(found: Found) -> str:
         minutes = f"{max(run['train_cpu_seconds'] for run in runs) / 60:.1f}"
         parameters = f"{runs[0]['parameters']:,}"
         rows.append([method, f"{statistics.mean(nats):.3f}", each, parameters, minutes])
+        plain = f"{runs[0]['gaussian_pixels']:.3f}"
+    rows.append(["one Gaussian a pixel", plain, "", "", ""])
     header = ["Model", "Nats a pixel, test", "Seeds", "Parameters", "Minutes of one core"]
     return table(header, rows, "lrrrr")
 

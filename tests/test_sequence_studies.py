@@ -282,8 +282,22 @@ def test_models_of_frames_are_as_large_and_have_one_floor() -> None:
     level = flow.flow.levels[0]
     assert flow.min_scale * math.exp(-level.log_bound) == pytest.approx(moving_digits.FLOOR)
     assert models["without"].min_scale == moving_digits.FLOOR
+    # Both start as wide as the pixels are, or a little above their own floor.
+    width = data.train.flatten(0, 1).std(0)
+    for model in models.values():
+        start = width.clamp(min=1.1 * model.min_scale)
+        assert torch.allclose(model.scale, start, rtol=1e-4)
     # A uniform density over values from 0 to 1 has the code length of 256 equal levels.
     assert moving_digits.per_pixel(0.0, data) == pytest.approx(math.log(256))
+
+
+def test_the_simplest_model_of_frames_is_one_gaussian_a_pixel() -> None:
+    data = frames.load(num_train=4, num_validation=2, num_test=3, num_steps=3, side=10)
+    train, test = data.train.double().reshape(-1, 100), data.test.double().reshape(-1, 100)
+    mean, width = train.mean(0), train.std(0).clamp(min=1 / 256)
+    nats = (width * math.sqrt(2 * math.pi)).log() + 0.5 * ((test - mean) / width) ** 2
+    expected = float(nats.mean()) + math.log(256)
+    assert moving_digits.gaussian_pixels(data) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_study_of_frames_is_resumed(tmp_path: Path, capsys: Any) -> None:

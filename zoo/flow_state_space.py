@@ -49,6 +49,8 @@ class FlowStateSpace(Model):
         min_scale: Smallest standard deviation of y.
         data_mean: Mean of the steps ``(D,)``, from which the output bias starts.
         num_steps: Steps of a sequence that is simulated.
+        data_scale: Standard deviation of the steps ``(D,)``, from which that of y starts, or a
+            little above its floor; 0.7 by default.
 
     Sites:
         z_1 .. z_T: Latents, support real, event shape ``(K,)``, in plate ``"data"``.
@@ -79,6 +81,7 @@ class FlowStateSpace(Model):
         min_scale: float = 0.01,
         data_mean: Tensor | None = None,
         num_steps: int = 10,
+        data_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         if min(x_dim, z_dim, transition, num_steps) < 1 or levels < 0 or not min_scale > 0:
@@ -98,6 +101,10 @@ class FlowStateSpace(Model):
         if data_mean is not None:
             with torch.no_grad():
                 self.emission.bias.copy_(data_mean)
+        if data_scale is not None:
+            with torch.no_grad():
+                rest = (data_scale - min_scale).clamp(min=0.1 * min_scale)
+                self.raw_scale.copy_(rest.expm1().log())  # inverse of softplus
         self.flow: AffineFlow | None = None
         if levels:
             self.flow = AffineFlow([AffineLevel(x_dim, order, flow_hidden) for _ in range(levels)])
