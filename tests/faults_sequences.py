@@ -145,4 +145,25 @@ FAULTS = [
         "last = torch.where(on, number - 1, -1).amax(1, keepdim=True)",
         COMBINERS + "test_the_averaging_combiner_is_its_formula",
     ),
+    Fault(
+        "padding counts in the evidence of a flow",
+        "zoo/autoregressive_flow.py",
+        "terms if on is None else",
+        "terms if True else",
+        "tests/test_flow_models.py::test_the_evidence_of_a_flow_counts_no_padding",
+    ),
+    Fault(
+        "padding counts in the density of temporal differences",
+        "zoo/temporal_difference.py",
+        "with time.active(t):",
+        "with time.active(0):",
+        "tests/test_flow_models.py::test_padding_changes_no_density",
+    ),
+    Fault(
+        "a missing input leaves the precision as it was",
+        "guides/inference/gaussian_filter.py",
+        "torch.where(on, b.precision, p.precision)",
+        "torch.where(on, b.precision, before[0].precision)",
+        HGF + "test_a_row_without_inputs_keeps_its_means_and_grows_unsure",
+    ),
 ]

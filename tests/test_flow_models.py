@@ -126,6 +126,38 @@ def test_a_flow_inverts_and_has_autodiffs_jacobian(levels: int) -> None:
     assert (trace.log_prob_sum() - model.log_evidence(x).sum()).abs() < 1e-9
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_evidence_of_a_flow_counts_no_padding(levels: int) -> None:
+    """Rows are those of shorter sequences, whatever is behind them, gradients too."""
+    model = zoo.AutoregressiveFlow(x_dim=2, order=2, hidden=(5,), levels=levels)
+    loud(model)
+    x, lengths = torch.randn(3, 4, 2), torch.tensor([4, 1, 3])
+    alone = torch.stack(
+        [model.log_evidence(x[r, None, :length])[0] for r, length in enumerate(lengths)]
+    )
+    for junk in (0.0, 7.0, 1e200):
+        padded = torch.where((torch.arange(4) < lengths[:, None])[..., None], x, junk)
+        found = model.log_evidence(padded, lengths)
+        torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-12)
+        gradients = torch.autograd.grad(found.sum(), list(model.parameters()))
+        for one, other in zip(
+            gradients,
+            torch.autograd.grad(alone.sum(), list(model.parameters()), retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    total = poutine.trace(model).get_trace(x, lengths).log_prob_sum()
+    torch.testing.assert_close(total, alone.sum())
+    whole = torch.full((3,), 4)
+    torch.testing.assert_close(model.log_evidence(x, whole), model.log_evidence(x))
+    with pytest.raises(ValueError, match="Leave empty sequences out"):
+        model.log_evidence(x, torch.tensor([4, 0, 3]))
+    with pytest.raises(ValueError, match="one number a row"):
+        model.log_evidence(x, lengths[:2])
+    with pytest.raises(ValueError, match="needs data of shape"):
+        model.log_evidence(x[..., :1])
+
+
 @pytest.mark.parametrize("order", [1, 3])
 def test_an_autoregressive_gaussian_is_an_affine_flow(order: int) -> None:
     """AR(p): the same density, and the flow's remainder is the precision-weighted error."""
@@ -308,7 +340,12 @@ def test_the_visual_pathway_is_one_exact_density() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["deep_markov", "vrnn", "srnn", "flow_state_space", "visual_pathway"]
+    "name",
+    [
+        *("deep_markov", "vrnn", "srnn", "flow_state_space", "visual_pathway"),
+        *("pattern_generator", "autoregressive_flow", "autoregressive_gaussian"),
+        "temporal_difference",
+    ],
 )
 def test_padding_changes_no_density(name: str) -> None:
     from tests.model_cases import MODEL_CASES

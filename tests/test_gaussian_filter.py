@@ -234,6 +234,28 @@ def test_rows_missing_inputs_and_intervals() -> None:
     assert lowest.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("inputs", ["continuous", "binary"])
+def test_a_row_without_inputs_keeps_its_means_and_grows_unsure(inputs: str) -> None:
+    """No evidence; variances add up, those of a level at the mean of the level above."""
+    tonic, coupling = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([0.5, 0.8])
+    mean, precision = torch.tensor([0.3, -0.4, 0.7]), torch.tensor([2.0, 0.5, 4.0])
+    filter = hgf(inputs, tonic=tonic, coupling=coupling, mean=mean, precision=precision)
+    u = torch.tensor([[torch.nan] * 4, [1.0, 0.0, 1.0, 1.0]])
+    seen = torch.tensor([[False] * 4, [True] * 4])
+    found = filter(u, observed=seen)
+    alone = filter(u[1:])
+    assert (found.log_evidence[0] == 0).all()
+    assert (found.log_evidence[1] != 0).all()
+    assert (found.mean[0] - mean).abs().max() < 1e-12
+    assert (found.predicted_mean[0] - mean).abs().max() < 1e-12
+    variance = torch.exp(tonic + torch.cat([coupling * mean[1:], torch.zeros(1)]))
+    after = 1 / (1 / precision + torch.arange(1, 5)[:, None] * variance)  # (T, L)
+    assert (found.precision[0] - after).abs().max() < 1e-12
+    assert (found.predicted_precision[0] - after).abs().max() < 1e-12
+    for name, value in vars(alone).items():
+        assert torch.equal(getattr(found, name)[1:], value)
+
+
 def test_everything_is_differentiable() -> None:
     u = torch.tensor([[0.4, -0.3, 0.9], [0.1, 0.2, -0.5]])
     seen = torch.tensor([[True, True, True], [True, False, True]])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo.affine_flow import AffineFlow, AffineLevel, FlowState
 from zoo.model import Model
-from zoo.rows import data_plate
+from zoo.rows import check_rows, data_plate
 from zoo.sequence import steps
 
 __all__ = ["AutoregressiveFlow", "emit"]
@@ -145,12 +145,24 @@ class AutoregressiveFlow(Model):
         """The sequences that leave ``y``, ``(B, T, D)``: the inverse of :meth:`whiten`."""
         return self.flow.generate(y)
 
-    def log_evidence(self, x: Tensor) -> Tensor:
+    def log_evidence(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The exact log p(x), ``(B,)``.
 
         Args:
-            x: Sequences ``(B, T, D)``, all of T steps.
+            x: Sequences ``(B, T, D)``.
+            lengths: Steps of every sequence ``(B,)``; all T by default.
+
+        Raises:
+            ValueError: Where the data are no sequences of this model.
         """
+        time = steps(x, lengths, self.num_steps)
+        check_rows(x, event_shape=(time.number, self.x_dim))
+        on = None
+        if time.lengths is not None:
+            on = torch.arange(time.number, device=x.device) < time.lengths[:, None]  # (B, T)
+            # What overflows in the padding would turn gradients into NaN.
+            x = torch.where(on[..., None], x, torch.zeros_like(x))
         y, log_det = self.flow.normalize(x)
         white = torch.distributions.Normal(torch.zeros_like(y), torch.ones_like(y))
-        return white.log_prob(y).sum((-1, -2)) + log_det.sum(-1)
+        terms = white.log_prob(y).sum(-1) + log_det  # (B, T)
+        return (terms if on is None else torch.where(on, terms, torch.zeros_like(terms))).sum(-1)
