@@ -465,28 +465,39 @@ def test_a_product_needs_two_experts_that_are_gaussian() -> None:
 def test_smoothing_reaches_the_evidence_and_filtering_the_best_of_its_form() -> None:
     """A scalar state space, many sequences; the best filtering form is found numerically.
 
-    q(z_t | z_{t-1}, x_<=t) linear Gaussian with free coefficients for every step, fitted to the
-    same sequences by the exact expected bound, is what a trained filtering guide can reach.
+    q(z_t | z_{t-1}, x_<=t) linear Gaussian with free coefficients for every step, fitted by the
+    exact expected bound. No q of this form, of any family, does better: by induction from the last
+    step on, the log density of the best one is quadratic in draw and data. What a guide reaches on
+    held-out sequences lies between that optimum and the gap of the untrained optimal proposal, on
+    twice as many steps as it was trained on, too; smoothing is then within .05 nats.
     """
     torch.manual_seed(0)
     model = zoo.StateSpace(z_dim=1, x_dim=1, num_steps=5, covariance="unit").requires_grad_(False)
     with torch.no_grad():
         model.transition.weight.fill_(0.9)
         model.emission.weight.fill_(1.0)
-    x, held = model(size=1000), model(size=2000)
-    exact = model.log_evidence(held).mean()
-    gaps = {}
+    x, held = model(size=1000), model(size=8000)
+    model.num_steps = 10
+    longer = model(size=8000)
+    gaps: dict[tuple[str, int], float] = {}
+    errors: dict[tuple[str, int], float] = {}
     for name in ("smoothing_normal", "filtering_normal"):
         guide = guides.make(name, model, x, recurrent=16, hidden=16)
         optim = pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.997})
         svi = CompiledSVI(model, guide, optim, Trace_ELBO(), mode="graph")
         svi.run(1000, ((x,), {}), progress=False)
-        gaps[name] = float(exact - elbo(model, guide, held, num_samples=100).rows.mean())
-    optimum = best_filtering_gap(model, 5)
-    proposal = proposal_gap(model, 5)
-    assert gaps["smoothing_normal"] < 0.02
-    assert 0.0 < optimum < proposal, "the untrained optimal proposal is not the best of the form"
-    assert gaps["filtering_normal"] == pytest.approx(optimum, abs=0.03)
+        for data in (held, longer):
+            key = (name, data.shape[1])
+            rows = model.log_evidence(data) - elbo(model, guide, data, num_samples=25).rows
+            gaps[key], errors[key] = float(rows.mean()), float(rows.std()) / len(rows) ** 0.5
+    for steps in (5, 10):
+        smoothing, filtering = ("smoothing_normal", steps), ("filtering_normal", steps)
+        optimum, proposal = best_filtering_gap(model, steps), proposal_gap(model, steps)
+        assert 0.0 < optimum < proposal, "the untrained optimal proposal is not the best of it"
+        error = 4 * errors[filtering]
+        assert error < 0.5 * (proposal - optimum), "too noisy to tell them apart"
+        assert optimum - error < gaps[filtering] < proposal - error
+        assert -4 * errors[smoothing] < gaps[smoothing] < (0.02 if steps == 5 else 0.05)
 
 
 def expected_gap(model: zoo.StateSpace, steps: int, weights: list[torch.Tensor]) -> torch.Tensor:
