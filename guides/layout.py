@@ -335,12 +335,21 @@ def _latent_site(
         row_dim=row_dim,
         plates=tuple(plates[frame.name] for frame in frames),
         inner=inner,
-        masked=not _all_on(mask) or not _all_on(getattr(fn, "_mask", None)),
+        masked=not all(_all_on(item) for item in (mask, *_own_masks(fn))),
         mask=mask if isinstance(mask, Tensor) else None,
         dtype=value.dtype,
         device=value.device,
         fn=fn,
     )
+
+
+def _own_masks(fn: Any) -> list[Any]:
+    """The masks inside a distribution, one for each level that has one."""
+    found, base = [], unwrap(fn)
+    while fn is not base:
+        found.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return found
 
 
 def _all_on(mask: Any) -> bool:
@@ -422,7 +431,7 @@ def mask_of(mask: Any, fn: Any, shape: torch.Size, device: torch.device) -> Tens
         return None
     result = result.reshape((1,) * (len(shape) - result.dim()) + tuple(result.shape))
     batch = len(shape) - event_dim
-    return result.expand(*shape[:batch], *result.shape[batch:])
+    return result.expand(shape[:batch] + result.shape[batch:])
 
 
 def _check_static(first: Layout, moved: Layout) -> None:

@@ -468,4 +468,32 @@ FAULTS = [
         "        pass\n\n\nclass _Heard",
         "tests/test_bidirectional.py::test_a_guide_hears_data_that_were_changed_in_place",
     ),
+    Fault(
+        "latents that a mask switches off count in q",
+        "guides/inference/laplace_guide.py",
+        "return CountedNormal(loc, tril, absent)",
+        "return dist.MultivariateNormal(loc, scale_tril=tril)",
+        "tests/test_switched_off.py -k 'smoother or nested_plate'",
+    ),
+    Fault(
+        "the Laplace evidence counts latents that a mask switches off",
+        "guides/inference/laplace_corrected.py",
+        "sizes[k] -= int(off.sum())",
+        "sizes[k] -= 0",
+        "tests/test_switched_off.py::test_the_laplace_corrected_loss_is_the_evidence_and_its_gradient",
+    ),
+    Fault(
+        "a latent whose mask is off is unread wherever it has no curvature",
+        "guides/inference/switched_off.py",
+        "found = {name: off & (slopes[name] == 0) for name, off in found.items()}",
+        "pass",
+        "tests/test_switched_off.py -k 'curvature_that_only or read_elsewhere'",
+    ),
+    Fault(
+        "masks inside an event are not seen",
+        "guides/layout.py",
+        "for item in (mask, *_own_masks(fn))",
+        "for item in (mask, getattr(fn, '_mask', None))",
+        "tests/test_switched_off.py::test_an_event_may_be_switched_off_in_part",
+    ),
 ]

@@ -48,6 +48,7 @@ from guides.inference.curvature import check_kinks
 from guides.inference.laplace_guide import Laplace, check_definite
 from guides.inference.newton import newton
 from guides.inference.predictive_coding import PredictiveCoding
+from guides.inference.switched_off import decoupled, unread
 from guides.probe import Program
 
 __all__ = ["LaplaceCorrected"]
@@ -173,15 +174,20 @@ class LaplaceCorrected(PredictiveCoding):
         with torch.enable_grad():
             slope, found = _derivatives(energy, mode, scale)
             blocks = {name: block.detach() for name, block in found.items()}
+            absent = unread(log_joint, mode, blocks)
+            blocks = decoupled(blocks, absent)
             if exact:
                 check_kinks(log_joint, mode, blocks)
             else:
-                fisher = _derivatives(curved(mode), mode, scale)[1]
+                fisher = decoupled(_derivatives(curved(mode), mode, scale)[1], absent)
                 slope, blocks = _settled(slope, _definite(blocks, fisher, scale))
             step = Arrow(blocks, scale, factor).solve(slope)
             point = {k: v - (step[k] - step[k].detach()) for k, v in mode.items()}
-            _, blocks = _derivatives(curved(point), point, scale)
-            count = sum(v.numel() * (scale if k == "data" else 1.0) for k, v in mode.items())
+            blocks = decoupled(_derivatives(curved(point), point, scale)[1], absent)
+            sizes = {k: v.numel() for k, v in mode.items()}
+            for k, off in absent.items():
+                sizes[k] -= int(off.sum())
+            count = sum(size * (scale if k == "data" else 1.0) for k, size in sizes.items())
             log_det = Arrow(blocks, scale, factor).log_det()
             return energy(point) + 0.5 * (log_det - count * math.log(2 * math.pi)), mode
 

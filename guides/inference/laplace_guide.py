@@ -11,6 +11,11 @@ With global latents the precision has arrow form and the posterior is ancestral,
 
 so that the covariance between global and local latents is represented exactly. For a linear
 Gaussian model at its mode this is the posterior, and its evidence is log p(x).
+
+Latents that a mask switches off (steps that a row lacks, padding of a nested plate) are no part of
+it: their mean is the value that was given, a draw is that plus a standard normal, unconstrained
+and independent of everything, and their density counts zero, in q as in p
+(:mod:`guides.inference.switched_off`).
 """
 
 from __future__ import annotations
@@ -22,10 +27,18 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from guides.capturing import is_capturing
 from guides.energy import LogJoint
 from guides.guide import ProgramGuide
 from guides.inference.curvature import check_kinks, own_units
 from guides.inference.curvature import hessian as hessian_blocks
+from guides.inference.switched_off import (
+    CountedNormal,
+    check_masks,
+    decoupled,
+    switched_off,
+    unread,
+)
 from guides.probe import Program
 from guides.recipe import Recipe
 from guides.schemes.scheme import Call
@@ -122,8 +135,12 @@ class Laplace(ProgramGuide):
         read = self._layout(args, kwargs, indices)
         packed = read.pack({name: value.detach() for name, value in values.items()})
         log_joint = LogJoint(self.model, args, kwargs, layout=read)
+        if jacobian:
+            check_masks(read)
         log_joint.check_rows(packed, jacobian=jacobian)
         blocks = hessian_blocks(log_joint, packed, jacobian=jacobian, kind=hessian)
+        absent = unread(log_joint, packed, blocks, jacobian=jacobian)
+        blocks = decoupled(blocks, absent)
         if hessian != "gauss_newton":
             check_kinks(log_joint, packed, blocks)
         self.plate = read.data_plate
@@ -148,9 +165,16 @@ class Laplace(ProgramGuide):
             self.register_buffer(f"loc_{group.name}", packed[group.name])
             # One layout in memory, that of a file: products of others round in another order.
             self.register_buffer(f"tril_{group.name}", tril[group.name].contiguous())
+            if (off := switched_off(group)) is not None:
+                self.register_buffer(f"off_{group.name}", off)
+                unknown = absent.get(group.name, torch.zeros_like(off))
+                self.register_buffer(f"absent_{group.name}", unknown)
 
     def covariance(self, group: str) -> Tensor:
-        """Covariance of a group: ``(G, G)``, or ``(B, K, K)`` of the rows given the globals."""
+        """Covariance of a group: ``(G, G)``, or ``(B, K, K)`` of the rows given the globals.
+
+        Latents that a mask switches off have variance one and no covariance.
+        """
         tril = getattr(self, f"tril_{group}")
         return tril @ tril.mT
 
@@ -159,9 +183,10 @@ class Laplace(ProgramGuide):
     ) -> dist.TorchDistribution:
         """The Gaussian of a group, given the global draws before it."""
         loc, tril = getattr(self, f"loc_{group.name}"), getattr(self, f"tril_{group.name}")
+        rows = slice(None) if group.plate is None else self._rows(group.plate)
+        absent = self._absent(group, rows)
         if group.plate is None:
-            return dist.MultivariateNormal(loc, scale_tril=tril)
-        rows = self._rows(group.plate)
+            return _gaussian(loc, tril, absent)
         ones = (1,) * (-group.plate.dim - 1)
         loc, tril = loc[rows], tril[rows]
         num_rows, size = loc.shape
@@ -171,12 +196,28 @@ class Laplace(ProgramGuide):
             gain = self.gain[rows].reshape(num_rows, *ones, size, -1)
             moved = upstream["global"] - self.loc_global
             loc = loc - (gain @ moved.unsqueeze(-1)).squeeze(-1)
-        return dist.MultivariateNormal(loc, scale_tril=tril)
+        return _gaussian(loc, tril, None if absent is None else group.batch(absent))
 
     def group_location(self, group: Group, call: Call) -> Tensor:
         """The mode."""
         loc = getattr(self, f"loc_{group.name}")
         return loc if group.plate is None else loc[self._rows(group.plate)]
+
+    def _absent(self, group: Group, rows: Tensor | slice) -> Tensor | None:
+        """Which latents of the call no density knows, ``(B, K)`` or ``(G,)``; None for none."""
+        built = self._buffers.get(f"off_{group.name}")
+        built = None if built is None else built[rows]
+        # Guides that mask whole groups follow the masks of the call by themselves.
+        if not is_capturing() and self.group_mask(group) is None:
+            asked = switched_off(group)
+            if not _same(built, asked):
+                site = next(s for s, part in group.slices() if not _same(built, asked, part))
+                raise ValueError(
+                    f"This Laplace posterior was taken where masks switch off other latents than "
+                    f"in this call, of site {site.name!r}: what it knows of them is not what the "
+                    "call asks for. Build a posterior for the masks (lengths) of this call."
+                )
+        return None if built is None else self._buffers[f"absent_{group.name}"][rows]
 
     def _rows(self, plate: Plate) -> Tensor | slice:
         """Positions of the call's rows among the rows of the guide."""
@@ -205,6 +246,20 @@ class Laplace(ProgramGuide):
         note = "; global covariance is a minibatch estimate" if self.minibatch_estimate else ""
         kind = {"gauss_newton": "Gauss-Newton", "diagonal": "diagonal of the"}
         return f"Laplace({parts}; {kind.get(self.hessian, 'exact')} Hessian{note})"
+
+
+def _gaussian(loc: Tensor, tril: Tensor, absent: Tensor | None) -> dist.TorchDistribution:
+    if absent is None:
+        return dist.MultivariateNormal(loc, scale_tril=tril)
+    return CountedNormal(loc, tril, absent)
+
+
+def _same(built: Tensor | None, asked: Tensor | None, part: slice = slice(None)) -> bool:
+    """Whether two masks switch off the same coordinates; None switches off nothing."""
+    masks = [mask[..., part] for mask in (built, asked) if mask is not None]
+    if len(masks) == 2:
+        return torch.equal(*masks)
+    return not any(bool(mask.any()) for mask in masks)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
@@ -249,7 +304,8 @@ def check_definite(matrices: Tensor, group: Group, kind: str) -> None:
         return
     row = int(torch.where(bad, smallest, torch.inf).argmin())
     weight = vectors[row, :, 0].square()
-    name = max(group.slices(), key=lambda item: float(weight[item[1]].sum()))[0].name
+    site, own = max(group.slices(), key=lambda item: float(weight[item[1]].sum()))
+    name = site.name
     where = "" if group.plate is None else f" in {int(bad.sum())} of {len(bad)} rows"
     way = (
         "Every latent needs a proper prior with curvature in its unconstrained coordinates."
@@ -257,6 +313,12 @@ def check_definite(matrices: Tensor, group: Group, kind: str) -> None:
         else 'Relax longer (num_steps), start from a guide, or pass hessian="gauss_newton", which '
         "is positive definite wherever the priors are proper."
     )
+    off = switched_off(group)
+    if off is not None and bool(off.reshape(len(bad), -1)[row, own].any()):
+        way += (
+            f" Where its mask is off {name!r} has no prior, and terms that count read it all the "
+            "same: mask these as well, or leave its prior on."
+        )
     raise IndefiniteHessianError(
         f"The Hessian of the energy is not positive definite at site {name!r}{where} (smallest "
         f"eigenvalue {float(smallest[row]):.3g}, in units of its diagonal): these latents are not "

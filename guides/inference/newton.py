@@ -21,6 +21,7 @@ from torch import Tensor
 from guides.energy import LogJoint
 from guides.inference.arrow import Arrow, Cholesky
 from guides.inference.curvature import hessian, own_units
+from guides.inference.switched_off import decoupled, empty
 from guides.inference.units import energy_function
 
 __all__ = ["newton", "newton_direction"]
@@ -59,6 +60,7 @@ def newton(
             blocks = hessian(log_joint, state, jacobian=jacobian, kind=kind)
             grads, (rows, other) = torch.func.grad(energy, has_aux=True)(state)
             num_gradients += 2 * size + 1
+            blocks = decoupled(blocks, empty(log_joint.layout, blocks))
             if not all(bool(torch.isfinite(block).all()) for block in blocks.values()):
                 break  # there is no step to take; the Laplace posterior says why
             step = newton_direction(grads, blocks, scale)

@@ -27,9 +27,9 @@ from guides.inference.same_data import CallData
 from guides.inference.solvers.auto import Choice, choose
 from guides.inference.solvers.solver import Solver
 from guides.inference.start import insert, off_center
+from guides.inference.switched_off import check_masks
 from guides.inference.warm_start import keep_last, recall_last
 from guides.layout import Layout, layout
-from guides.supports import is_masked
 
 __all__ = ["RelaxingStep", "holds_globals"]
 
@@ -130,19 +130,8 @@ class RelaxingStep(CapturedStep):
         if self.guide is not None:
             programs["guide"] = self.guide
         check_ownership(programs, {role: capture(p, args, kwargs) for role, p in programs.items()})
-        # A mask of handlers switches the Jacobian off as well; that of a distribution does not.
-        constrained = [
-            site.name
-            for site in log_joint.layout.sites.values()
-            if site.masked and site.transform is not None
-            if site.mask is None or is_masked(site.fn)
-        ]
-        if constrained and self.jacobian:
-            raise ValueError(
-                f"Latent site {constrained[0]!r} is masked: where its mask is off only the "
-                "Jacobian of its support is left, which has no mode. Mask the site with a tensor, "
-                "with pyro.poutine.mask around it, or pass jacobian=False."
-            )
+        if self.jacobian:
+            check_masks(log_joint.layout)
         # Distributions check the data once; the relaxation itself runs without checks.
         values = log_joint.predictions()
         with torch.no_grad():

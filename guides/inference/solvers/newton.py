@@ -11,6 +11,7 @@ from torch import Tensor
 from guides.inference.curvature import hessian
 from guides.inference.newton import newton_direction
 from guides.inference.solvers.solver import Solver, State, falls
+from guides.inference.switched_off import decoupled, empty
 from guides.inference.units import EnergyFunction, Point, Units
 
 __all__ = ["Newton"]
@@ -88,4 +89,5 @@ class Newton(Solver):
         totals = {
             name: gradients[name] * (1.0 if units.joint else units.scale) for name in units.moving
         }
+        blocks = decoupled(blocks, empty(units.log_joint.layout, blocks))
         return units.flatten(newton_direction(totals, blocks, units.scale))
