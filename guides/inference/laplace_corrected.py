@@ -22,6 +22,8 @@ positive definite, else by the same matrix; a coordinate whose slope does not va
 and stays there. The loss is then another approximation of minus the log evidence, equal where the
 program is linear Gaussian.
 
+Latents that a mask switches off, of steps that a row lacks, count in no term.
+
 Learning at the energy of a point is biased to weights that explain the data by ever smaller
 latents, and may diverge; the determinant takes that away. On linear Gaussian programs the loss is
 minus the log evidence, and learning is maximum likelihood.

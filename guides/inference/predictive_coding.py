@@ -304,7 +304,9 @@ class PredictiveCoding(Runs, RelaxingStep):
 
         Returns:
             A guide for the rows of this call. With global latents its precision has arrow form;
-            from a minibatch the globals' part is an estimate, and flagged as one.
+            from a minibatch the globals' part is an estimate, and flagged as one. Latents that a
+            mask switches off count nowhere in it (:mod:`guides.inference.switched_off`); it is for
+            calls with the same masks.
 
         Raises:
             IndefiniteHessianError: Where the relaxed state is no mode.
