@@ -77,7 +77,7 @@ ROWS: tuple[Row, ...] = (
         "pattern_generator",
         "largest difference of a correlation, generated and trained, lags 0 to 32",
         "{largest_difference:.2f}",
-        "{largest_difference_of_held_out:.2f} held-out gaits, whose largest correlation is "
+        "{largest_difference_of_held_out:.2f} other zeros; the largest correlation is "
         "{largest_of_training:.2f}",
     ),
     (
@@ -90,7 +90,40 @@ ROWS: tuple[Row, ...] = (
         "iterations",
         "bound after 1, 2, 4, 8 iterations a time step, nats a step",
         "{bound_1:.2f}, {bound_2:.2f}, {bound_4:.2f}, {bound_8:.2f}",
-        "log evidence {log_evidence:.2f}",
+        "log evidence, an estimate by 500 draws, {log_evidence:.2f}",
+    ),
+    (
+        "error_units",
+        "units at rest and predictive coding, largest difference over largest value",
+        "{estimates_from_predictive_coding:.0e} estimates, "
+        "{errors_from_predictive_coding:.0e} errors",
+        "{predictive_coding_from_posterior_mean:.0e} predictive coding and the closed form",
+    ),
+    (
+        "error_units",
+        "response of error units to one pixel, difference from a row of the precision matrix",
+        "{inhibition_from_precision:.0e}",
+        "the four neighbors over the unit itself: {neighbors_over_own:.2f}",
+    ),
+    (
+        "error_units",
+        "energy, nats a patch, that cutting lateral inhibition adds",
+        "{energy_above_least:.2f}",
+        "estimates move by {estimates_without_inhibition:.2f} of their size",
+    ),
+    (
+        "level_gradients",
+        "gradient of a level by itself and of the whole bound, largest difference over largest "
+        "value, z2, z1, pixels",
+        "{difference_z2:.1g}, {difference_z1:.1g}, {difference_x:.1g}",
+        "correlation of gradients passed through samples: {correlation_through_samples_z2:.2f}, "
+        "{correlation_through_samples_z1:.2f}, {correlation_through_samples_x:.2f}",
+    ),
+    (
+        "separate_inputs",
+        "least change of an input that should move, relative to its size",
+        "{least_where_it_should:.3f}",
+        "{most_elsewhere:.1g}, the largest change of any other input",
     ),
 )
 """Study, what is measured, what came out, and what it is beside."""

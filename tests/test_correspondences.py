@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.studies.correspondences import inference, spatial, temporal
+from benchmarks.studies.correspondences import inference, spatial, temporal, wiring
 from benchmarks.studies.correspondences.__main__ import FIGURES_FOLDER, STUDIES, run
 from benchmarks.studies.correspondences.figures import FIGURES, spread
 from benchmarks.studies.correspondences.filters import gabor
@@ -75,13 +75,13 @@ def test_flows_take_what_a_frame_tells_of_the_next() -> None:
     assert FIGURES["temporal_whitening"]([found, found], pictures).count("<image") == 5
 
 
-def test_the_generating_direction_has_the_correlations_of_the_gait() -> None:
+def test_the_generating_direction_has_the_correlations_of_the_strokes() -> None:
     found, pictures = temporal.pattern_generator(num_steps=120, num_rows=120, order=6, most=8)
     assert found["largest_of_training"] > 0.8
     assert found["largest_difference"] < 0.15
     assert abs(found["lag_one_whitened"]) < 0.1
     pictures = {**pictures, "training": pictures["training"][:40]}
-    assert "gait" in FIGURES["pattern_generator"]([found], pictures)
+    assert "handwritten zero" in FIGURES["pattern_generator"]([found], pictures)
 
 
 def test_precision_is_gain() -> None:
@@ -99,6 +99,46 @@ def test_more_iterations_a_time_step_raise_the_bound() -> None:
     assert found["gained_4"] > 4 * found["gained_4_error"]
     assert found["bound_4"] < found["log_evidence"]
     assert "log evidence" in FIGURES["iterations"]([found], pictures)
+
+
+def rests_at_predictive_coding(found: dict[str, Any]) -> None:
+    """The wired network, the package's loop and the closed form are one state."""
+    assert found["estimates_from_predictive_coding"] < 1e-8
+    assert found["errors_from_predictive_coding"] < 1e-8
+    assert found["predictive_coding_from_posterior_mean"] < 1e-8
+    assert found["update_from_projections_up"] < 1e-12
+    assert found["inhibition_from_precision"] < 1e-8
+    assert found["neighbors_over_own"] < -0.3
+    assert found["estimates_without_inhibition"] > 0.1
+    assert found["energy_above_least"] > 0.05
+
+
+def test_error_units_that_inhibit_each_other_come_to_rest_at_predictive_coding() -> None:
+    found, pictures = wiring.error_units(side=5, z_dim=4, num_rows=2000)
+    rests_at_predictive_coding(found)
+    assert torch.allclose(pictures["errors"][-1], pictures["errors at rest"])
+    assert "precision matrix" in FIGURES["error_units"]([found], pictures)
+
+
+def is_local_in_levels(found: dict[str, Any]) -> None:
+    for name in ("z2", "z1", "x"):
+        assert found[f"difference_{name}"] < 1e-12
+    for name in ("z2", "z1"):
+        assert abs(found[f"correlation_through_samples_{name}"]) < 0.8
+    # Below the pixels there is nothing: through samples or not is the same.
+    assert found["correlation_through_samples_x"] == pytest.approx(1.0)
+
+
+def test_a_level_needs_no_gradient_of_another() -> None:
+    found, pictures = wiring.level_gradients(num_steps=3, z_dims=(4, 3, 2), num_rows=10)
+    is_local_in_levels(found)
+    assert "largest difference" in FIGURES["level_gradients"]([found], pictures)
+
+
+def test_two_inputs_of_an_encoder_are_apart() -> None:
+    found, pictures = wiring.separate_inputs(num_steps=3, num_rows=10)
+    assert found["most_elsewhere"] == 0 < 1e-3 < found["least_where_it_should"]
+    assert FIGURES["separate_inputs"]([found], pictures).count("bit for bit") == 10
 
 
 def test_gabor_functions_are_told_from_noise_and_from_gratings() -> None:
@@ -158,6 +198,12 @@ def test_the_record_shows_what_the_page_says() -> None:
         assert bounds[-1] < one["log_evidence"]
         errors = torch.tensor([one[f"gained_{count}_error"] for count in (2, 4, 8)])
         assert bounds[-1] - bounds[0] > 4 * errors.sum()
+    (found,) = runs_of("error_units")
+    rests_at_predictive_coding(found)
+    (found,) = runs_of("level_gradients")
+    is_local_in_levels(found)
+    (found,) = runs_of("separate_inputs")
+    assert found["most_elsewhere"] == 0 < 0.01 < found["least_where_it_should"]
 
 
 SHOWN = {
@@ -168,6 +214,12 @@ SHOWN = {
     "pattern_generator": (),
     "precision": (),
     "iterations": ("{below_1:.2f}", "{below_8:.2f}"),
+    "error_units": ("{energy_above_least:.2f} nats",),
+    "level_gradients": (
+        "r = {correlation_through_samples_z2:.2f}",
+        "r = {correlation_through_samples_z1:.2f}",
+    ),
+    "separate_inputs": (),
 }
 
 
@@ -192,12 +244,22 @@ def test_every_row_of_the_seed_is_on_the_page_with_files_that_exist() -> None:
         match[1]: match[0]
         for match in re.finditer(r"^\| ([MIC]\d+) \|.*$", text, flags=re.MULTILINE)
     }
+    sections = {
+        re.sub(r"[^a-z0-9 -]", "", part.split("\n")[0].lower()).replace(" ", "-"): part
+        for part in text.split("\n## ")[1:]
+    }
     expected = [f"M{n}" for n in range(1, 13)] + [f"I{n}" for n in range(1, 9)]
     expected += [f"C{n}" for n in range(1, 10)]
     assert list(rows) == expected
     for name, row in rows.items():
         files = re.findall(r"`([a-z_/0-9]+\.py)`", row)
         tests = re.findall(r"`(test_\w+\.py)::(\w+)`", row)
+        figure = row.rsplit("|", 2)[1].strip()
+        places = re.findall(r"\(#([a-z-]+)\)", figure)
+        assert places or (figure.startswith("none") and name[0] != "C"), f"{name} has no figure"
+        for place in places:
+            section = sections.get(place, "")
+            assert "](figures/" in section, f"{name} names #{place}, where no figure is"
         assert files, f"{name} names no file"
         assert tests, f"{name} names no test"
         for file in files:

@@ -177,3 +177,56 @@ def test_errors_from_below_and_of_the_own_level_enter_the_encoder_apart() -> Non
     own_scaled, below_scaled = inputs(x)
     assert (own != own_scaled).any(0).tolist() == [False, True, False]
     assert torch.equal(below, below_scaled)
+
+
+def test_of_two_levels_the_upper_one_reads_the_errors_of_the_lower() -> None:
+    """C7: for z2 the error from below is that of z1; z1 has its own and that of the data."""
+    model = zoo.LinearGaussian((2, 3, 5), "diagonal")
+    x = model(size=4).detach()
+    guide = guides.make(
+        "iterative_normal",
+        model,
+        x,
+        encodings=("errors",),
+        update="highway",
+        num_iterations=1,
+        network=(8,),
+    )
+    scheme = guide.schemes["data"]
+    seen: list[Tensor] = []
+    scheme.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        scheme.offset[:5] += torch.randn(5)  # away from the mean of the prior, where errors vanish
+    before = None
+    moves: list[tuple[Callable[[], Any], str]] = [
+        (lambda: None, ""),
+        (lambda: x[:, 3].add_(0.5), "x"),
+        (lambda: scheme.offset[1].add_(0.5), "z2 z1"),
+        (lambda: scheme.offset[2].add_(0.5), "z1 x"),
+        (lambda: model.levels[0].log_scale[0].add_(0.3), "z2"),
+        (lambda: model.levels[1].log_scale[2].add_(0.3), "z1"),
+        (lambda: model.levels[2].log_scale[4].add_(0.3), "x"),
+    ]
+    for move, expected in moves:
+        with torch.no_grad():
+            move()
+        seen.clear()
+        pyro.set_rng_seed(0)
+        guide(x)
+        after = dict(zip(("z2", "z1", "x"), seen[0].split((2, 3, 5), -1), strict=True))
+        if before is not None:
+            moved = [site for site in after if not torch.equal(after[site], before[site])]
+            assert moved == expected.split()
+        before = after
+    # Two draws are antithetic, and errors linear in them: their means are errors at the centers.
+    top, middle, last = model.levels
+    z2 = top.loc(None) + scheme.offset[:2]
+    z1 = middle.loc(top.loc(None)) + scheme.offset[2:5]
+    errors = {
+        "z2": (z2 - top.loc(None)) / top.scale**2,
+        "z1": (z1 - middle.loc(z2)) / middle.scale**2,
+        "x": (x - last.loc(z1)) / last.scale**2,
+    }
+    assert before is not None
+    for site, error in errors.items():
+        assert torch.allclose(before[site], error.sign() * error.abs().log1p())

@@ -18,7 +18,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from benchmarks.studies.correspondences import inference, spatial, temporal
+from benchmarks.studies.correspondences import inference, spatial, temporal, wiring
 from benchmarks.studies.correspondences.figures import FIGURES
 from benchmarks.study import StudyLog
 
@@ -36,6 +36,9 @@ STUDIES: dict[str, tuple[Callable[..., Any], int]] = {
     "pattern_generator": (temporal.pattern_generator, 1),
     "precision": (inference.precision, 1),
     "iterations": (inference.iterations, 3),
+    "error_units": (wiring.error_units, 1),
+    "level_gradients": (wiring.level_gradients, 1),
+    "separate_inputs": (wiring.separate_inputs, 1),
 }
 """Every study, and from how many seeds it is run."""
 
@@ -61,14 +64,14 @@ def run(names: Sequence[str], records: Path, folder: Path) -> None:
         question="What of predictive coding's account of the brain can be measured, and is it so?",
         protocol=(
             "Two photographs and the handwritten digits that scikit-learn ships, or data that "
-            "programs draw; one core, a few minutes a study. docs/correspondences.md says what "
-            "each study does and what its numbers are evidence for."
+            "programs draw; one core, seconds to minutes a study. docs/correspondences.md says "
+            "what each study does and what its numbers are evidence for."
         ),
         command="python -m benchmarks.studies.correspondences",
         over=("seed",),
         modules=[
             f"benchmarks.studies.correspondences.{name}"
-            for name in ("spatial", "temporal", "inference")
+            for name in ("spatial", "temporal", "inference", "wiring")
         ],
     ) as log:
         for name in names:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.studies.correspondences import wiring_figures
 from benchmarks.studies.correspondences.drawing import Panel, figure, gray, mosaic, picture
 from benchmarks.svg import line, text
 
@@ -187,8 +188,8 @@ def pattern_generator(runs: Numbers, pictures: Pictures) -> str:
     for i, name in enumerate(("training", "generated")):
         panel = Panel(
             56 + 230 * i, 50, 190, 190, (0, 64), (-1.8, 1.8),
-            {"training": "a gait of the training set", "generated": "made from white noise"}[name],
-            "step", "position of the two joints", x_ticks=(0, 16, 32, 48, 64),
+            {"training": "round a handwritten zero", "generated": "made from white noise"}[name],
+            "step", "place of the pen, across and down", x_ticks=(0, 16, 32, 48, 64),
             y_ticks=(-1, 0, 1),
         )  # fmt: skip
         for joint in range(2):
@@ -207,12 +208,12 @@ def pattern_generator(runs: Numbers, pictures: Pictures) -> str:
         panel.line(lags, curves["training"][:, i, j].tolist(), color)
         panel.marks(lags, curves["generated"][:, i, j].tolist(), color, size=3)
     parts += panel.parts
-    for color, name in enumerate(("joint 1 with itself", "joint 2 with joint 1 before")):
+    for color, name in enumerate(("across with itself", "down with across before")):
         parts.append(line(700, 60 + 16 * color, 718, 60 + 16 * color, f"c{color}"))
         parts.append(text(724, 64 + 16 * color, name, size=11))
     words = (
         "Correlations: lines, of the training set; marks, of what is made from noise; gray, of "
-        "what the flow leaves of held-out gaits, joint 1 with itself."
+        "what the flow leaves of other zeros, across with itself."
     )
     parts.append(text(20, 302, words, cls="muted", size=11))
     return figure(900, 316, parts, "A flow run in the generating direction")
@@ -273,4 +274,7 @@ FIGURES: dict[str, Callable[[Numbers, Pictures], str]] = {
     "pattern_generator": pattern_generator,
     "precision": precision,
     "iterations": iterations,
+    "error_units": wiring_figures.error_units,
+    "level_gradients": wiring_figures.level_gradients,
+    "separate_inputs": wiring_figures.separate_inputs,
 }

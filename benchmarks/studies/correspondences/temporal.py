@@ -13,8 +13,16 @@ from torch import Tensor
 import zoo
 import zoo.data
 from guides.inference import CompiledSVI
+from zoo.data.digits import load as load_digits
 
-__all__ = ["autocorrelation", "gait", "lag_one", "pattern_generator", "temporal_whitening"]
+__all__ = [
+    "autocorrelation",
+    "lag_one",
+    "pattern_generator",
+    "radii",
+    "strokes",
+    "temporal_whitening",
+]
 
 Result = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -69,20 +77,64 @@ def temporal_whitening(
     return numbers, pictures
 
 
-def gait(number: int, num_steps: int, generator: torch.Generator) -> Tensor:
-    """Two joints that swing a quarter of a period apart, from rest, ``(number, num_steps, 2)``.
+def radii(images: Tensor, num_angles: int = 64) -> Tensor:
+    """How far the ink of an image is from its center of mass, at angles around it.
+
+    The mean distance of the ink near an angle, with weights exp(8 cos(difference)).
+
+    Args:
+        images: Square images in rows, ``(N, side * side)``; ink is bright.
+        num_angles: Angles, from the right on downwards.
+
+    Returns:
+        In pixels, ``(N, num_angles)``.
+
+    Example:
+        >>> axis = torch.arange(9.0) - 4
+        >>> down, right = torch.meshgrid(axis, axis, indexing="ij")
+        >>> dots = down.hypot(right) == 3
+        >>> radii(dots.float().reshape(1, -1), num_angles=4)
+        tensor([[3., 3., 3., 3.]])
+    """
+    side = math.isqrt(images.shape[-1])
+    axis = torch.arange(side, dtype=images.dtype)
+    down, right = (part.flatten() for part in torch.meshgrid(axis, axis, indexing="ij"))
+    total = images.sum(-1, keepdim=True)
+    down = down - (images * down).sum(-1, keepdim=True) / total  # (N, side * side)
+    right = right - (images * right).sum(-1, keepdim=True) / total
+    around = torch.arange(num_angles) * (2 * math.pi / num_angles)
+    apart = torch.atan2(down, right)[..., None] - around
+    near = images[..., None] * torch.exp(8 * (apart.cos() - 1))
+    distance: Tensor = (near * down.hypot(right)[..., None]).sum(1) / near.sum(1)
+    return distance
+
+
+def strokes(zeros: Tensor, number: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """A pen that goes round handwritten zeros, from rest, ``(number, num_steps, 2)``.
 
         phase_t = phase_{t-1} + 2 pi / 16 + .25 e_t
-        x_t     = (1 - exp(-t / 8)) (cos phase_t, .6 sin phase_t) + .1 noise
+        x_t     = (1 - exp(-t / 8)) radius(phase_t) (cos phase_t, sin phase_t) / 3 + .1 noise
 
-    The period wanders, so that correlations die out as the lag grows. A swing that set in at once
-    would be errors of the first steps, which have no past: the flow would take them for noise.
+    The zeros are data, the pace is drawn: it wanders, so that correlations die out as the lag
+    grows. A movement that set in at once would be errors of the first steps, which have no past:
+    the flow would take them for noise.
+
+    Args:
+        zeros: Images of zeros in rows ``(N, side * side)``; each sequence goes round one of them.
+        number: Sequences.
+        num_steps: Steps.
+        generator: Source of the zeros and of the pace.
     """
+    around = radii(zeros)[torch.randint(len(zeros), (number,), generator=generator)]
     start = torch.rand(number, 1, generator=generator) * 2 * math.pi
     pace = 2 * math.pi / 16 + 0.25 * torch.randn(number, num_steps, generator=generator)
     phase = start + pace.cumsum(1)
+    angle = phase.remainder(2 * math.pi) * (around.shape[1] / (2 * math.pi))
+    share, low = angle.frac(), angle.long() % around.shape[1]
+    high = (low + 1) % around.shape[1]
+    radius = torch.lerp(around.gather(1, low), around.gather(1, high), share) / 3
     risen = 1 - torch.exp(-torch.arange(num_steps) / 8)
-    x = risen[:, None] * torch.stack([phase.cos(), 0.6 * phase.sin()], -1)
+    x = (risen * radius)[..., None] * torch.stack([phase.cos(), phase.sin()], -1)
     return x + 0.1 * torch.randn(x.shape, generator=generator)
 
 
@@ -109,14 +161,18 @@ def autocorrelation(x: Tensor, most: int) -> Tensor:
 def pattern_generator(
     num_steps: int = 600, num_rows: int = 400, order: int = 8, most: int = 32
 ) -> Result:
-    """A flow learns the gait; run the other way, white noise makes the gait again.
+    """A flow learns how a pen goes round zeros; run the other way, noise makes such movements.
 
-    Correlations are those of steps 33 to 96, when the swing has risen, and of the pattern after
-    160 steps from rest.
+    Correlations are those of steps 33 to 96, when the movement has risen, and of the pattern after
+    160 steps from rest. Held-out sequences go round zeros that the flow has not seen.
     """
     generator = torch.Generator().manual_seed(0)
     length, risen, settled = 96, 32, 160
-    train, test = (gait(num_rows, length, generator) for _ in range(2))
+    digits = load_digits(binarize="none")
+    parts = (digits.train, digits.train_labels), (digits.test, digits.test_labels)
+    train, test = (
+        strokes(rows[labels == 0], num_rows, length, generator) for rows, labels in parts
+    )
     flow = zoo.AutoregressiveFlow(x_dim=2, order=order, constant_scale=True, num_steps=length)
     optim = optimizers.ClippedAdam({"lr": 0.03, "lrd": 0.05 ** (1 / num_steps)})
     svi = CompiledSVI(flow, _nothing, optim, Trace_ELBO(), mode="graph")
