@@ -1,6 +1,6 @@
 """Inject one-line faults, one at a time, and see the suite catch every one.
 
-    python -m tests.mutate            all faults, a quarter of an hour on one core
+    python -m tests.mutate            all faults, about an hour on one core, slow tests included
     python -m tests.mutate jacobian   those whose name or file contains the word
     python -m tests.mutate --stale    only whether the code still has the lines, in a second
 
