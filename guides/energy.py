@@ -24,6 +24,7 @@ from guides import location_scale
 from guides.layout import Layout
 from guides.layout import layout as read_layout
 from guides.probe import Program
+from guides.ripple import ripple
 
 __all__ = ["LogJoint", "SiteTerms"]
 
@@ -313,8 +314,7 @@ class LogJoint:
 
         with torch.no_grad():
             # Off the given point, where a coupling may happen to be flat.
-            steps = torch.arange(1, packed["data"].numel() + 1).to(packed["data"])
-            point = packed["data"] + 0.1 * torch.sin(steps).reshape(packed["data"].shape)
+            point = packed["data"] + 0.1 * ripple(packed["data"])
             first = torch.func.grad(lambda local: others(local)[0])(point)
             outside = torch.func.grad(lambda local: others(local)[1])(point)
         if bool((first[1:] != 0).any()) or bool((outside != 0).any()):

@@ -40,6 +40,7 @@ from torch.distributions import biject_to, kl_divergence
 from guides import location_scale
 from guides.capturing import is_capturing
 from guides.energy import LogJoint, SiteTerms
+from guides.ripple import ripple
 from guides.supports import unwrap
 
 __all__ = ["gauss_newton"]
@@ -99,7 +100,9 @@ def gauss_newton(
 
     surrogates: dict[str, Surrogate] = {}
     with torch.no_grad():
-        moved = run({name: _moved(value) for name, value in fixed.items()}, density=False)
+        moved = run(
+            {name: value + 0.1 * ripple(value) for name, value in fixed.items()}, density=False
+        )
     # Without gradients what the surrogates keep of this run is constant.
     with torch.set_grad_enabled(differentiable):
         run(fixed, terms=_Building, surrogates=surrogates, plain=off, reference=moved)
@@ -109,11 +112,6 @@ def gauss_newton(
         return log_joint.total(rows, other), (rows, other)
 
     return energy
-
-
-def _moved(value: Tensor) -> Tensor:
-    steps = torch.arange(1, value.numel() + 1).to(value)
-    return value + 0.1 * torch.sin(steps).reshape(value.shape)
 
 
 class _Surrogates(SiteTerms):

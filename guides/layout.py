@@ -335,7 +335,7 @@ def _latent_site(
         row_dim=row_dim,
         plates=tuple(plates[frame.name] for frame in frames),
         inner=inner,
-        masked=not all(_all_on(item) for item in (mask, *_own_masks(fn))),
+        masked=not all(_all_on(item) for item, _ in ((mask, 0), *_own_masks(fn))),
         mask=mask if isinstance(mask, Tensor) else None,
         dtype=value.dtype,
         device=value.device,
@@ -343,11 +343,11 @@ def _latent_site(
     )
 
 
-def _own_masks(fn: Any) -> list[Any]:
-    """The masks inside a distribution, one for each level that has one."""
+def _own_masks(fn: Any) -> list[tuple[Any, int]]:
+    """The mask of every wrapper of a distribution, None for no mask, and its event dimensions."""
     found, base = [], unwrap(fn)
     while fn is not base:
-        found.append(getattr(fn, "_mask", None))
+        found.append((getattr(fn, "_mask", None), fn.event_dim))
         fn = fn.base_dist
     return found
 
@@ -416,12 +416,8 @@ def mask_of(mask: Any, fn: Any, shape: torch.Size, device: torch.device) -> Tens
         A boolean tensor: full batch dimensions, event dimensions of size one where they agree.
     """
     event_dim = fn.event_dim
-    found = [(mask, event_dim)]
-    while type(fn).__name__ in ("Independent", "ExpandedDistribution", "MaskedDistribution"):
-        found.append((getattr(fn, "_mask", None), fn.event_dim))
-        fn = fn.base_dist
     result: Tensor | None = None
-    for item, depth in found:
+    for item, depth in ((mask, event_dim), *_own_masks(fn)):
         if item is None or item is True:
             continue
         placed = torch.as_tensor(item, device=device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from guides.capturing import is_capturing
+from guides.ripple import ripple
 
 __all__ = [
     "check_data",
@@ -72,8 +73,7 @@ def feasible(name: str, fn: Any, offset: float) -> Tensor:
     like = _example(fn)
 
     def around(shape: torch.Size) -> Tensor:
-        steps = torch.arange(1, shape.numel() + 1, dtype=like.dtype, device=like.device)
-        return offset + 0.1 * torch.sin(steps).reshape(shape)
+        return offset + 0.1 * ripple(like.new_empty(shape))
 
     if is_real(fn.support):
         return around(shape)

@@ -492,7 +492,7 @@ FAULTS = [
     Fault(
         "masks inside an event are not seen",
         "guides/layout.py",
-        "for item in (mask, *_own_masks(fn))",
+        "for item, _ in ((mask, 0), *_own_masks(fn))",
         "for item in (mask, getattr(fn, '_mask', None))",
         "tests/test_switched_off.py::test_an_event_may_be_switched_off_in_part",
     ),

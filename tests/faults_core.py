@@ -391,8 +391,8 @@ FAULTS = [
     Fault(
         "a prior is Normal because it once was",
         "guides/objectives/analytic_elbo.py",
-        "if not _is_plain_normal(self.layout.sites[name], fn):",
-        "if self.layout.sites[name].transform is not None:",
+        "if not _is_plain_normal(self.sites[name], fn):",
+        "if self.sites[name].transform is not None:",
         "tests/test_objectives.py::test_a_family_that_follows_a_latent_is_that_of_the_draw",
     ),
     Fault(

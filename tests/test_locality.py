@@ -140,10 +140,8 @@ def draw(model: Any, names: list[str]) -> dict[str, Tensor]:
     return {name: trace.nodes[name]["value"] for name in names}
 
 
-def test_errors_from_below_and_of_the_own_level_enter_the_encoder_apart() -> None:
-    """C7: they are inputs side by side, and each is precision-weighted (errata of section 1.4)."""
-    model = zoo.LinearGaussian((3, 5), ("diagonal", "diagonal"))
-    x = model(size=4).detach()
+def reading_errors(model: Any, x: Tensor) -> tuple[Any, list[Tensor]]:
+    """An iterative guide that reads errors alone, and what its network is given, call by call."""
     guide = guides.make(
         "iterative_normal",
         model,
@@ -153,9 +151,18 @@ def test_errors_from_below_and_of_the_own_level_enter_the_encoder_apart() -> Non
         num_iterations=1,
         network=(8,),
     )
-    scheme = guide.schemes["data"]
     seen: list[Tensor] = []
-    scheme.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    guide.schemes["data"].network.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    return guide, seen
+
+
+def test_errors_from_below_and_of_the_own_level_enter_the_encoder_apart() -> None:
+    """C7: they are inputs side by side, and each is precision-weighted (errata of section 1.4)."""
+    model = zoo.LinearGaussian((3, 5), ("diagonal", "diagonal"))
+    x = model(size=4).detach()
+    guide, seen = reading_errors(model, x)
 
     def inputs(data: Tensor) -> tuple[Tensor, Tensor]:
         seen.clear()
@@ -183,18 +190,8 @@ def test_of_two_levels_the_upper_one_reads_the_errors_of_the_lower() -> None:
     """C7: for z2 the error from below is that of z1; z1 has its own and that of the data."""
     model = zoo.LinearGaussian((2, 3, 5), "diagonal")
     x = model(size=4).detach()
-    guide = guides.make(
-        "iterative_normal",
-        model,
-        x,
-        encodings=("errors",),
-        update="highway",
-        num_iterations=1,
-        network=(8,),
-    )
+    guide, seen = reading_errors(model, x)
     scheme = guide.schemes["data"]
-    seen: list[Tensor] = []
-    scheme.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         scheme.offset[:5] += torch.randn(5)  # away from the mean of the prior, where errors vanish
     before = None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.model import Model
-from zoo.networks import mlp
+from zoo.networks import inverse_softplus, mlp
 from zoo.rows import data_plate
 from zoo.sequence import steps
 
@@ -74,7 +74,7 @@ class AutoregressiveGaussian(Model):
         self.x_dim, self.order, self.num_steps = x_dim, order, num_steps
         self.network, features = mlp(order * x_dim, hidden)
         self.loc = nn.Linear(features, x_dim)
-        start = float(torch.tensor(1.0 - self.min_scale).expm1().log())
+        start = float(inverse_softplus(torch.tensor(1.0 - self.min_scale)))
         self.raw_scale: nn.Linear | None = None
         self.raw_bias: nn.Parameter | None = None
         if constant_scale:

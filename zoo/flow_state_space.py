@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.affine_flow import AffineFlow, AffineLevel
 from zoo.autoregressive_flow import emit
 from zoo.model import Model
-from zoo.networks import mlp
+from zoo.networks import inverse_softplus, mlp
 from zoo.rows import data_plate
 from zoo.sequence import steps
 from zoo.transition import GatedTransition
@@ -104,7 +104,7 @@ class FlowStateSpace(Model):
         if data_scale is not None:
             with torch.no_grad():
                 rest = (data_scale - min_scale).clamp(min=0.1 * min_scale)
-                self.raw_scale.copy_(rest.expm1().log())  # inverse of softplus
+                self.raw_scale.copy_(inverse_softplus(rest))
         self.flow: AffineFlow | None = None
         if levels:
             self.flow = AffineFlow([AffineLevel(x_dim, order, flow_hidden) for _ in range(levels)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.covariance import Covariance, floored, learned_covariance
 from zoo.likelihood import make_likelihood
 from zoo.model import Model, latent_names
-from zoo.networks import mlp
+from zoo.networks import inverse_softplus, mlp
 from zoo.rows import data_plate
 
 __all__ = ["Conditional", "HierarchicalVAE"]
@@ -55,7 +55,7 @@ class Conditional(nn.Module):
         self.raw_scale = nn.Linear(features, dim)
         self.lateral = None if covariance == "diagonal" else Covariance(dim, covariance)
         with torch.no_grad():
-            self.raw_scale.bias.fill_(torch.tensor(1.0 - self.min_scale).expm1().log())
+            self.raw_scale.bias.fill_(inverse_softplus(torch.tensor(1.0 - self.min_scale)))
 
     def forward(self, parents: Tensor) -> dist.TorchDistribution:
         """Distribution of the level, batch shape ``(...)`` and event shape ``(dim,)``.

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.covariance import Covariance, floored
+from zoo.networks import inverse_softplus
 
 __all__ = [
     "COVARIANCES",
@@ -179,7 +180,7 @@ class GaussianLikelihood(Likelihood):
             start_scale = (1.0 - self.min_scale**2) ** 0.5
             self.lateral = Covariance(shape[0], covariance, start_scale)
             return
-        start = torch.tensor(1.0 - self.min_scale).expm1().log()
+        start = inverse_softplus(torch.tensor(1.0 - self.min_scale))
         alike = bias if covariance == "diagonal" else start
         self.raw_scale = nn.Parameter(start.expand_as(alike).clone())
 

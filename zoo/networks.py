@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["mlp"]
+__all__ = ["inverse_softplus", "mlp"]
 
 
 def mlp(
@@ -43,3 +43,17 @@ def mlp(
     for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), activation()]
     return nn.Sequential(*layers), sizes[-1]
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """The raw numbers whose softplus is ``value``, elementwise: where scales start.
+
+    Args:
+        value: Positive numbers.
+
+    Example:
+        >>> import torch
+        >>> torch.nn.functional.softplus(inverse_softplus(torch.tensor([0.5, 2.0])))
+        tensor([0.5000, 2.0000])
+    """
+    return value.expm1().log()

@@ -11,7 +11,6 @@ models, which know nothing of chords.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ import guides
 import zoo
 from benchmarks.memory import keep_freed_memory
 from benchmarks.pool import results
-from benchmarks.studies.sequence_training import Settings, Training, bound, per_step
+from benchmarks.studies.sequence_training import Settings, Training, bound, parser, per_step
 from benchmarks.study import StudyLog
 from guides.objectives import AnalyticELBO
 from zoo.data import jsb_chorales
@@ -334,14 +333,9 @@ def run(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--checkpoints", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    options = parser.parse_args()
+    command = parser(__doc__, RECORDS, tuple(METHODS))
+    command.add_argument("--jobs", type=int, default=1)
+    options = command.parse_args()
     run(
         options.records,
         seeds=options.seeds,

@@ -9,7 +9,6 @@ instead, so that both have as many parameters.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from dataclasses import replace
@@ -22,7 +21,7 @@ import torch
 import guides
 import zoo
 from benchmarks.memory import keep_freed_memory
-from benchmarks.studies.sequence_training import Settings, Training, bound
+from benchmarks.studies.sequence_training import Settings, Training, bound, parser
 from benchmarks.study import StudyLog
 from guides.objectives import AnalyticELBO
 from zoo.data import moving_digits
@@ -239,13 +238,7 @@ def run(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--checkpoints", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    options = parser.parse_args()
+    options = parser(__doc__, RECORDS, tuple(METHODS)).parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     run(

@@ -18,7 +18,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from guides.inference import CompiledSVI
 from guides.inference.checks import capture
 from zoo.data.sequences import Sequences
 
-__all__ = ["Settings", "Training", "Weighted", "bound", "buckets", "epoch", "per_step"]
+__all__ = ["Settings", "Training", "Weighted", "bound", "buckets", "epoch", "parser", "per_step"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,23 @@ def bound(
             data = x[part][:, : int(own.max())]
             found = elbo(model, guide, data, own, num_samples=num_samples).rows
             result[part] = torch.as_tensor(found).to(result)
+    return result
+
+
+def parser(description: str | None, records: Path, methods: Sequence[str]) -> ArgumentParser:
+    """The command line that the studies of sequences have in common.
+
+    Args:
+        description: What the study is.
+        records: Where its log is by default.
+        methods: Methods to choose from.
+    """
+    result = ArgumentParser(description=description)
+    result.add_argument("--records", type=Path, default=records)
+    result.add_argument("--checkpoints", type=Path)
+    result.add_argument("--seeds", type=int, default=3)
+    result.add_argument("--epochs", type=int)
+    result.add_argument("--methods", nargs="*", default=list(methods), choices=list(methods))
     return result
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from guides.arguments import check_number
 from guides.draws import Draws, draw
+from guides.inference.switched_off import site_switched_off
 from guides.probe import Program
 from guides.sites import Site
 
@@ -124,11 +125,7 @@ def active_units(
 def _share(site: Site, draws: Draws) -> Tensor:
     values = draws.values[site.name]
     packed = torch.stack([site.flatten(site.unconstrain(value)) for value in values])  # (S, B, K)
-    mask = torch.ones((), dtype=torch.bool) if site.mask is None else site.mask
-    mask = mask.to(packed.device)
-    ones = (1,) * len(site.unconstrained_event)
-    full = mask.expand(site.batch_shape).reshape(*site.batch_shape, *ones)
-    on = site.flatten(full.expand(*site.batch_shape, *site.unconstrained_event))  # (B, K)
+    on = ~site_switched_off(site)  # (B, K)
     rows = on.sum(0)
     zero = torch.zeros_like(packed[0])
     loc = torch.where(on, packed.mean(0), zero)

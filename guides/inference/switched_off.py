@@ -25,6 +25,7 @@ from guides.capturing import is_capturing
 from guides.energy import LogJoint
 from guides.inference.units import energy_function
 from guides.layout import Layout, mask_of
+from guides.ripple import ripple
 from guides.sites import Group, Site
 from guides.supports import is_masked
 
@@ -33,6 +34,7 @@ __all__ = [
     "check_masks",
     "decoupled",
     "empty",
+    "site_switched_off",
     "switched_off",
     "unread",
 ]
@@ -49,10 +51,15 @@ def switched_off(group: Group) -> Tensor | None:
     """
     if is_capturing() or not any(site.masked for site in group.sites):
         return None
-    return torch.cat([_site(site) for site in group.sites], -1)
+    return torch.cat([site_switched_off(site) for site in group.sites], -1)
 
 
-def _site(site: Site) -> Tensor:
+def site_switched_off(site: Site) -> Tensor:
+    """Unconstrained coordinates of a site whose density is off, ``(B, k)`` or ``(k,)``.
+
+    Args:
+        site: The site.
+    """
     shape = site.batch_shape + site.unconstrained_event
     mask: Any = site.mask
     if site.masked and mask is None and not is_masked(site.fn):
@@ -117,15 +124,10 @@ def unread(
     energy = energy_function(log_joint, jacobian=jacobian)
     with torch.no_grad():
         for size in (0.0, 0.1):
-            point = {name: value.detach() + _aside(value, size) for name, value in packed.items()}
+            point = {name: value.detach() + size * ripple(value) for name, value in packed.items()}
             slopes = torch.func.grad(lambda u: energy(u)[0])(point)
             found = {name: off & (slopes[name] == 0) for name, off in found.items()}
     return {name: off for name, off in found.items() if bool(off.any())}
-
-
-def _aside(value: Tensor, size: float) -> Tensor:
-    steps = torch.arange(1, value.numel() + 1).to(value)
-    return size * torch.sin(steps).reshape(value.shape)
 
 
 def decoupled(blocks: Mapping[str, Tensor], off: Mapping[str, Tensor]) -> dict[str, Tensor]:

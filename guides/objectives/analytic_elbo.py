@@ -20,6 +20,7 @@ from guides.layout import Layout
 from guides.objectives.objective import ExposedLogJoint, Objective, own_guide
 from guides.objectives.packed_draws import GroupDraws, PackedDraws, draw_packed
 from guides.probe import Program
+from guides.ripple import ripple
 from guides.sites import Site
 from guides.supports import unwrap
 
@@ -160,19 +161,13 @@ def _independent_normals(
         structural = [name for name in names if not _follows(first[name], list(values.values()))]
     with torch.no_grad():
         # The graph does not see indexing or control flow by a latent; moved numbers do.
-        moved = read.constrain({n: _moved(v) for n, v in point.items()})
+        moved = read.constrain({n: v + 0.37 + ripple(v) for n, v in point.items()})
         second = log_joint.run(moved, density=False, expose_params=False).fns
     return tuple(
         name
         for name in structural
         if _is_plain_normal(read.sites[name], second[name]) and _equal(first[name], second[name])
     )
-
-
-def _moved(value: Tensor) -> Tensor:
-    """Every coordinate elsewhere, by a step of its own and without a random draw."""
-    steps = torch.arange(1, value.numel() + 1).to(value)
-    return value + 0.37 + torch.sin(steps).reshape(value.shape)
 
 
 def _is_plain_normal(site: Site, fn: TorchDistribution) -> bool:
@@ -285,6 +280,7 @@ class _ExpectedTerms(SiteTerms):
         super().__init__(layout, values)
         self.moments = moments
         self.free = free
+        self.sites = layout.sites
         numbered = list(enumerate(draws.groups))
         self.place = {site.name: number for number, d in numbered for site in d.group.sites}
         # A normal of a type of the user's own may tie its coordinates together.
@@ -305,7 +301,7 @@ class _ExpectedTerms(SiteTerms):
     def _is_exact(self, name: str, fn: TorchDistribution) -> bool:
         """Whether what came before says no more about a latent than its q does."""
         place = self.place[name]
-        if not _is_plain_normal(self.layout.sites[name], fn):
+        if not _is_plain_normal(self.sites[name], fn):
             return False
         last = place - 1 if place not in self.apart else place
         return name in self.free or self.latest <= last

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from guides.arguments import check_number
 from guides.energy import LogJoint
 from guides.families.family import Family, inverse_positive, positive
+from guides.ripple import ripple
 from guides.rows import take_rows
 from guides.schemes.bound import RowBound
 from guides.schemes.encoder import Encoder
@@ -302,8 +303,7 @@ def _check_rows(group: Group, log_joint: LogJoint, jacobian: bool) -> None:
     with torch.no_grad():
         # Off the given point, where a coupling may happen to be flat.
         local = packed[group.name]
-        steps = torch.arange(1, local.numel() + 1).to(local)
-        point = local + 0.1 * torch.sin(steps).reshape(local.shape)
+        point = local + 0.1 * ripple(local)
         first = torch.func.grad(lambda v: others(v)[0])(point)
         outside = torch.func.grad(lambda v: others(v)[1])(point)
     # Where a gradient is out of the range of numbers it says nothing about other rows.

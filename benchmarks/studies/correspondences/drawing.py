@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.png import data_uri
 from benchmarks.svg import Axis, compact, drawing, line, mark, polyline, text
 
-__all__ = ["COLORS", "Panel", "figure", "gray", "mosaic", "picture"]
+__all__ = ["COLORS", "Panel", "caption", "figure", "gray", "mosaic", "picture"]
 
 COLORS = ("#1d66ad", "#c23b22", "#147a55", "#8439a0", "#a86400", "#5b6570")
 _SHAPES = ("circle", "square", "diamond", "triangle", "circle", "square")
@@ -41,6 +41,16 @@ def figure(width: float, height: float, parts: Sequence[str], label: str) -> str
     ground = '<rect width="100%" height="100%" fill="#ffffff"/>'
     svg = drawing(width, height, [_STYLE, ground, *parts], label)
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+
+
+def caption(top: float, *lines: str) -> list[str]:
+    """Lines of small words below the panels, at the left edge of the figure.
+
+    Args:
+        top: Place of the first line.
+        lines: The words of each.
+    """
+    return [text(20, top + 16 * i, words, cls="muted", size=11) for i, words in enumerate(lines)]
 
 
 def gray(values: Tensor, low: float, high: float) -> np.ndarray:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.correspondences import wiring_figures
-from benchmarks.studies.correspondences.drawing import Panel, figure, gray, mosaic, picture
+from benchmarks.studies.correspondences.drawing import (
+    Panel,
+    caption,
+    figure,
+    gray,
+    mosaic,
+    picture,
+)
 from benchmarks.svg import line, text
 
 __all__ = [
@@ -99,7 +106,7 @@ def whitening(runs: Numbers, pictures: Pictures) -> str:
         "Filters of nine pixels of the patch, each at its place. Middle gray is zero; black and "
         "white are reached at .4 of a filter's largest weight."
     )
-    parts += [*panel.parts, text(20, 298, words, cls="muted", size=11)]
+    parts += [*panel.parts, *caption(298, words)]
     return figure(900, 312, parts, "Whitening filters of natural patches")
 
 
@@ -138,7 +145,7 @@ def _bases(runs: Numbers, pictures: Pictures, shown: Sequence[str], label: str) 
         parts.append(text(44.0 + 165 * color, 262, PRIORS[name], size=11))
         parts.append(line(20.0 + 165 * color, 258, 38.0 + 165 * color, 258, f"c{color}"))
     words = f"Basis vectors of {side} x {side} pixels, middle gray is zero; medians over vectors."
-    parts.append(text(20, 282, words, cls="muted", size=11))
+    parts += caption(282, words)
     return figure(900, 296, parts, label)
 
 
@@ -178,7 +185,7 @@ def temporal_whitening(runs: Numbers, pictures: Pictures) -> str:
         "Frames 5 to 14 of a test sequence; middle gray is zero, black and white are reached by "
         "one pixel in 500 of a strip."
     )
-    parts += [*panel.parts, text(20, 372, words, cls="muted", size=11)]
+    parts += [*panel.parts, *caption(372, words)]
     return figure(900, 388, parts, "Temporal whitening of moving digits")
 
 
@@ -215,7 +222,7 @@ def pattern_generator(runs: Numbers, pictures: Pictures) -> str:
         "Correlations: lines, of the training set; marks, of what is made from noise; gray, of "
         "what the flow leaves of other zeros, across with itself."
     )
-    parts.append(text(20, 302, words, cls="muted", size=11))
+    parts += caption(302, words)
     return figure(900, 316, parts, "A flow run in the generating direction")
 
 
@@ -238,7 +245,7 @@ def precision(runs: Numbers, pictures: Pictures) -> str:
         panel.marks(gains, pictures[name].tolist(), 0)
         parts += panel.parts
     words = "Line: closed form. Marks: predictive coding, its fixed point and Laplace posterior."
-    parts.append(text(20, 282, words, cls="muted", size=11))
+    parts += caption(282, words)
     return figure(900, 296, parts, "What the precision of a unit does")
 
 
@@ -262,7 +269,7 @@ def iterations(runs: Numbers, pictures: Pictures) -> str:
         place = panel.x(count) + aside, panel.y(highest) - 10
         panel.parts.append(text(*place, f"{mean:.2f}", anchor=anchor))
     words = f"A line a seed: model, data and filters. Numbers: means of {len(runs)}."
-    panel.parts.append(text(20, 312, words, cls="muted", size=11))
+    panel.parts += caption(312, words)
     return figure(520, 326, panel.parts, "The bound by inference iterations a time step")
 
 

@@ -196,11 +196,7 @@ def level_gradients(
     data = zoo.data.load("digits")
     train, x = data.train.double(), data.test[:num_rows].double()
     model = zoo.HierarchicalVAE(64, z_dims, hidden=(32,), data_mean=train.mean(0)).double()
-    guide = guides.make("amortized_normal", model, train, hidden=(64,))
-    svi = SVI(model, guide, optimizers.PyroOptim(torch.optim.Adam, {"lr": 3e-3}), Trace_ELBO())
-    for _ in range(num_steps):
-        rows = torch.randint(len(train), (100,))
-        svi.step(train[rows], size=len(train), index=rows)
+    guide = _learned(model, train, num_steps)
     model.zero_grad()
     pyro.set_rng_seed(1)
     Trace_ELBO().loss_and_grads(model, guide, x)
@@ -233,6 +229,16 @@ def level_gradients(
     return numbers, pictures
 
 
+def _learned(model: zoo.HierarchicalVAE, train: Tensor, num_steps: int) -> Any:
+    """The guide of a direct encoder with which the model was learned, in place."""
+    guide = guides.make("amortized_normal", model, train, hidden=(64,))
+    svi = SVI(model, guide, optimizers.PyroOptim(torch.optim.Adam, {"lr": 3e-3}), Trace_ELBO())
+    for _ in range(num_steps):
+        rows = torch.randint(len(train), (100,))
+        svi.step(train[rows], size=len(train), index=rows)
+    return guide
+
+
 Level = tuple[nn.Module, Callable[[Tensor], Any]]
 
 
@@ -259,11 +265,7 @@ def separate_inputs(num_steps: int = 300, num_rows: int = 100) -> Result:
     model = zoo.HierarchicalVAE(
         64, (8, 4), hidden=(32,), likelihood="gaussian", data_mean=train.mean(0)
     ).double()
-    first = guides.make("amortized_normal", model, train, hidden=(64,))
-    svi = SVI(model, first, optimizers.PyroOptim(torch.optim.Adam, {"lr": 3e-3}), Trace_ELBO())
-    for _ in range(num_steps):
-        rows = torch.randint(len(train), (100,))
-        svi.step(train[rows], size=len(train), index=rows)
+    _learned(model, train, num_steps)
     guide = guides.make(
         "iterative_normal",
         model,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.studies.correspondences.drawing import Panel, figure, gray, picture
+from benchmarks.studies.correspondences.drawing import Panel, caption, figure, gray, picture
 from benchmarks.studies.correspondences.wiring import INPUTS, MOVED
 from benchmarks.svg import line, text
 
@@ -84,9 +84,7 @@ def error_units(runs: Numbers, pictures: Pictures) -> str:
         "Last: circles, the network; squares, a network whose error units inhibit themselves "
         f"alone: estimates {off:.0f}% off, {found['energy_above_least']:.2f} nats of energy more.",
     )
-    parts += [
-        text(20, 296 + 16 * i, words, cls="muted", size=11) for i, words in enumerate(captions)
-    ]
+    parts += caption(296, *captions)
     return figure(900, 342, parts, "Error units that inhibit each other weigh by precision")
 
 
@@ -113,16 +111,13 @@ def level_gradients(runs: Numbers, pictures: Pictures) -> str:
         panel.marks(across, shown["through"].tolist(), 5, size=2)
         panel.marks(across, shown["alone"].tolist(), 0, size=2.5)
         parts += panel.parts
-    words = (
+    captions = (
         "A mark a weight, in units of the root mean square of the level; what lies outside is at "
-        "the border. Upright, circles: of the level's own term, samples fixed;"
-    )
-    parts.append(text(20, 298, words, cls="muted", size=11))
-    words = (
+        "the border. Upright, circles: of the level's own term, samples fixed;",
         "gray squares: of the pixels' term, which reaches the level through samples that it makes "
-        "of noise. Below z1 there is nothing to pass through."
+        "of noise. Below z1 there is nothing to pass through.",
     )
-    parts.append(text(20, 314, words, cls="muted", size=11))
+    parts += caption(298, *captions)
     return figure(900, 328, parts, "Gradients of a level from the level alone")
 
 
@@ -160,5 +155,5 @@ def separate_inputs(runs: Numbers, pictures: Pictures) -> str:
             else:
                 parts.append(text(left, top + 19, words, cls="muted", size=11))
     words = "Bars: how far the input moves, relative to its size (norms over held-out digits)."
-    parts.append(text(20, 302, words, cls="muted", size=11))
+    parts += caption(302, words)
     return figure(720, 316, parts, "Errors from below and of the own level are separate inputs")
